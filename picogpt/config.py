@@ -1,0 +1,269 @@
+"""The settings of an experiment: typed, checked, documented; the one source of truth.
+
+A YAML file becomes an `Experiment`; `--set train.seed=7` overrides a value; the JSON schemas in
+`config/schemas/` are written from the same types.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from picogpt.errors import UsageError
+from picogpt.files import read_text
+
+MODEL_KINDS = ("char-bigram", "char-transformer")
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys and values of the wrong type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CharBigramConfig(Settings):
+    """A table of logits: row, the current character; column, the next one."""
+
+    kind: Literal["char-bigram"]
+    block_size: int = Field(256, ge=1, description="length of a training window, in characters (the model sees one)")
+
+
+class CharTransformerConfig(Settings):
+    """A decoder-only transformer over characters."""
+
+    kind: Literal["char-transformer"]
+    n_layer: int = Field(4, ge=1, description="number of blocks")
+    n_head: int = Field(4, ge=1, description="attention heads of a block")
+    n_embd: int = Field(256, ge=2, description="width of the residual stream")
+    block_size: int = Field(256, ge=2, description="context length, in characters")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the embedding and on each branch")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> CharTransformerConfig:
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head} (rotary halves of each head)"
+            )
+        return self
+
+
+ModelConfig = Annotated[Union[CharBigramConfig, CharTransformerConfig], Field(discriminator="kind")]
+
+
+class TrainConfig(Settings):
+    """Everything that changes what is learned."""
+
+    seed: int = Field(1337, ge=0, description="of the initial weights, the data order and dropout")
+    epochs: float | None = Field(None, gt=0, description="passes over the training text (this or steps)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps (this or epochs)")
+    batch_size: int = Field(16, ge=1, description="sequences of an optimizer step, over all ranks")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="sequences of one forward pass on one rank; smaller than the batch: accumulate gradients",
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalized momentum for the matrices of the blocks, AdamW for the rest"
+    )
+    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    embedding_learning_rate: float | None = Field(None, gt=0, description="of the embeddings; default: learning_rate")
+    matrix_learning_rate: float = Field(0.02, gt=0, description="peak learning rate of Muon")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled; on matrices only, never on gains, biases, embeddings"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up and plateau")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay_fraction: float = Field(1.0, gt=0, le=1, description="share of the steps, at the end, that decay")
+    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="of the peak, at the last step")
+    grad_clip: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0: no clipping")
+    eval_interval: int = Field(100, ge=1, description="steps between evaluations on the whole validation text")
+    eval_train: bool = Field(False, description="also evaluate the whole training text, before and after")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size};"
+                f" these do: {', '.join(map(str, divisors))}"
+            )
+        return self
+
+
+class RuntimeConfig(Settings):
+    """How to run: where, how fast, how chatty. A run can be resumed under other values."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the matrix products; auto: bfloat16 where the device is fast at it"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile; auto: on, or eager with one warning where no compiler works"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads; 0: one a core")
+    log_interval: int = Field(10, ge=1, description="steps between two lines of the metrics file")
+    checkpoint_interval: int = Field(100, ge=1, description="steps between two saves of last.pt")
+
+
+class Experiment(Settings):
+    """A model and how to train it: one file of `config/models/`."""
+
+    model: ModelConfig
+    train: TrainConfig
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def fingerprint(self, vocab_size: int, text_sha256: str) -> str:
+        """Hash of all that decides the learned weights: model, training, data; not of `runtime`."""
+        identity = [self.model.model_dump(), self.train.model_dump(), vocab_size, text_sha256]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+class PipelineModel(Settings):
+    """What the pipeline does with one model."""
+
+    config: str = Field("auto", description="a file of config/models/; auto: the one for this machine")
+    set: list[str] = Field([], description="overrides, as for --set: [train.steps=100]")
+    sample_characters: int = Field(ge=1, description="length of the sample from the trained model")
+    untrained_characters: int = Field(ge=1, description="length of the sample from the initial weights")
+
+
+class Pipeline(Settings):
+    """`config/config.yaml`: what the pipeline runs."""
+
+    corpus: list[str] | str = Field(
+        description="registered corpora, the first that can be had is taken; or the path of your own UTF-8 text"
+    )
+    drop_unseen: bool = Field(
+        False, description="leave out of the validation text the characters that the training text lacks"
+    )
+    run: str = Field("pipeline", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the folders in weights/")
+    size: Literal["auto", "cpu", "gpu"] = Field("auto", description="which settings of a model; auto: by what is here")
+    char_bigram: PipelineModel
+    char_transformer: PipelineModel
+
+
+SCHEMAS: dict[str, type[Settings]] = {"experiment": Experiment, "pipeline": Pipeline}
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def config_folder() -> Path:
+    """The folder `config/`: of the source tree, or the copy inside an installed package."""
+    package = Path(__file__).resolve().parent
+    return next(folder for folder in (package.parent / "config", package / "_config") if (folder / "models").is_dir())
+
+
+def model_config_file(kind: str, size: str) -> Path:
+    """The shipped settings of a model; `size` is cpu or gpu, for the models that have two."""
+    stem = kind.replace("-", "_")
+    folder = config_folder() / "models"
+    single = folder / f"{stem}.yaml"
+    return single if single.exists() else folder / f"{stem}_{size}.yaml"
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read the settings of an experiment and apply `overrides` ("train.seed=7", the value in YAML).
+
+    Raises UsageError naming the file, the key and what is allowed; PicogptError when it cannot be read.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        _override(tree, override)
+    source = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
+    return parse(Experiment, tree, source)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Read a YAML mapping. Raises UsageError when it is not one, PicogptError when it cannot be read."""
+    try:
+        tree = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
+    return tree
+
+
+def parse(cls: type[AnySettings], tree: dict, source: str) -> AnySettings:
+    """Check `tree` against `cls`. Raises UsageError that names each wrong key or value and what is allowed."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(cls, detail) for detail in error.errors()]
+        raise UsageError("\n  ".join([f"{source}:", *lines])) from error
+
+
+def describe(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield (key, default, description) of every setting of `cls`, nested keys joined with dots."""
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from describe(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "" if field.is_required() else json.dumps(field.default)
+            yield prefix + name, default, field.description or ""
+
+
+def json_schema(name: str) -> str:
+    """The JSON schema of `SCHEMAS[name]`, as text."""
+    return json.dumps(SCHEMAS[name].model_json_schema(), indent=2) + "\n"
+
+
+def _override(tree: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {override!r} is not of the form key=value, as in train.seed=7")
+    *parents, last = key.split(".")
+    try:
+        node = functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)
+        node[last] = yaml.safe_load(value)
+    except (AttributeError, TypeError) as error:
+        raise UsageError(f"--set {override!r}: {key} lies inside a value that is not a group of settings") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override!r}: the value is not YAML") from error
+    # Of the two ways to say how long to train, the one given last holds.
+    other = {"steps": "epochs", "epochs": "steps"}.get(last)
+    if parents == ["train"] and other:
+        node.pop(other, None)
+
+
+def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
+    # pydantic puts the tag of a union into the location; it is no key of the file.
+    path = [str(part) for part in detail["loc"] if part not in MODEL_KINDS]
+    key = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        allowed = _allowed_keys(cls, [part for part in detail["loc"][:-1]])
+        close = difflib.get_close_matches(path[-1], allowed, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}"
+    if detail["type"] == "missing":
+        return f"{key}: missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key}={json.dumps(detail['input'], default=str)}: {message[0].lower()}{message[1:]}"
+
+
+def _allowed_keys(cls: type[Settings], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        if part in MODEL_KINDS:
+            kinds = [kind for kind in get_args(get_args(ModelConfig)[0])]
+            cls = next(kind for kind in kinds if part in get_args(kind.model_fields["kind"].annotation))
+        else:
+            annotation = cls.model_fields[str(part)].annotation
+            if isinstance(annotation, type) and issubclass(annotation, Settings):
+                cls = annotation
+    return list(cls.model_fields)

@@ -1,0 +1,1 @@
+"""Data: assets from outside, tokenizers, token files, the order of batches."""

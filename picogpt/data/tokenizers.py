@@ -1,0 +1,86 @@
+"""Tokenizers: text to token ids and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from picogpt.errors import PicogptError, UsageError
+from picogpt.files import read_text, write_text
+
+FILE_NAME = "tokenizer.json"
+FORMAT = "picogpt-char-tokenizer"
+VERSION = 1
+
+
+class CharTokenizer:
+    """One token a character; ids in the order of the code points."""
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self._points = np.array([ord(character) for character in characters], dtype=np.uint32)
+        if len(characters) == 0 or (np.diff(self._points.astype(np.int64)) <= 0).any():
+            raise PicogptError("a character tokenizer needs distinct characters in the order of their code points")
+
+    @classmethod
+    def from_text(cls, text: str) -> CharTokenizer:
+        """The tokenizer of all characters in `text`. Raises PicogptError when there are fewer than two."""
+        characters = "".join(sorted(set(text)))
+        if len(characters) < 2:
+            held = f"only the character {characters!r}" if characters else "no text at all"
+            raise PicogptError(f"the corpus holds {held}: there is nothing to predict")
+        return cls(characters)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CharTokenizer:
+        """Read `tokenizer.json` in `folder`. Raises PicogptError when it is missing or not one."""
+        path = Path(folder) / FILE_NAME
+        try:
+            tree = json.loads(read_text(path))
+            if (tree["format"], tree["version"]) != (FORMAT, VERSION):
+                raise PicogptError(
+                    f"{path} is {tree['format']} version {tree['version']}; this picogpt reads {FORMAT} version {VERSION}"
+                )
+            return cls("".join(tree["characters"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise PicogptError(
+                f"{path} is not a character tokenizer ({error}): picogpt tokenize char makes one"
+            ) from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` into `folder`."""
+        tree = {"format": FORMAT, "version": VERSION, "characters": list(self.characters)}
+        write_text(Path(folder) / FILE_NAME, json.dumps(tree, indent=1) + "\n")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of distinct tokens."""
+        return len(self.characters)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the vocabulary: equal hashes give equal ids."""
+        return hashlib.sha256(self.characters.encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, shape (len(text),), of the smallest unsigned dtype.
+
+        Raises UsageError naming the characters that the vocabulary lacks.
+        """
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = np.minimum(np.searchsorted(self._points, points), self.vocab_size - 1)
+        unknown = self._points[ids] != points
+        if unknown.any():
+            characters = " ".join(repr(chr(point)) for point in np.unique(points[unknown])[:10])
+            raise UsageError(
+                f"the vocabulary of {self.vocab_size} characters lacks {characters} (first at position {unknown.argmax()});"
+                f" it has {self.characters!r}"
+            )
+        return ids.astype(np.min_scalar_type(self.vocab_size - 1))
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """Text of token ids."""
+        return "".join(self.characters[int(index)] for index in ids)

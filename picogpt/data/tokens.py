@@ -1,0 +1,180 @@
+"""Token files: a header that says what they hold, then the ids, read by memory map.
+
+8 bytes   magic "PICOGPT\\n"
+4 bytes   length of the header, little endian
+header    JSON: version, dtype, vocab_size, count, split, corpus, text_sha256, tokenizer_sha256; padded with spaces
+ids       `count` values of `dtype`, beginning at a multiple of 64 bytes
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from picogpt.data.tokenizers import CharTokenizer
+from picogpt.errors import PicogptError
+from picogpt.files import atomic_write, locked, read_text, sha256_file
+
+MAGIC = b"PICOGPT\n"
+VERSION = 1
+ALIGNMENT = 64
+LARGEST_HEADER = 1 << 16
+DTYPES = ("uint8", "uint16", "uint32")
+SPLITS = ("train", "val")
+# Beyond this, reading every id at the start would take longer than it is worth.
+CHECKED_COUNT = 1 << 26
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a token file says of itself."""
+
+    version: int
+    dtype: str
+    vocab_size: int
+    count: int
+    split: str
+    corpus: str
+    text_sha256: str
+    tokenizer_sha256: str
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """An open token file. `ids` has shape (count,) and stays on disk until it is read."""
+
+    path: Path
+    header: Header
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The two halves of a tokenized corpus."""
+
+    train: TokenFile
+    val: TokenFile
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of distinct tokens."""
+        return self.train.header.vocab_size
+
+    def corpus(self) -> dict[str, str | int]:
+        """Identity of the data, for records and checkpoints."""
+        header = self.train.header
+        return {
+            "name": header.corpus,
+            "text_sha256": header.text_sha256,
+            "tokenizer_sha256": header.tokenizer_sha256,
+            "train_tokens": header.count,
+            "val_tokens": self.val.header.count,
+        }
+
+
+def write_tokens(path: str | Path, ids: np.ndarray, header: Header) -> None:
+    """Write a token file in one piece."""
+    text = json.dumps(asdict(header)).encode()
+    start = len(MAGIC) + 4
+    text += b" " * (-(start + len(text)) % ALIGNMENT)
+    with atomic_write(path) as file:
+        file.write(MAGIC + len(text).to_bytes(4, "little") + text)
+        file.write(np.ascontiguousarray(ids, dtype=np.dtype(header.dtype).newbyteorder("<")).tobytes())
+
+
+def open_tokens(path: str | Path) -> TokenFile:
+    """Open a token file. Raises PicogptError when it is missing, foreign, of another version, or cut short."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            magic, length = file.read(len(MAGIC)), int.from_bytes(file.read(4), "little")
+            if magic != MAGIC or not 0 < length <= LARGEST_HEADER:
+                raise PicogptError(f"{path} is not a token file: picogpt tokenize makes one")
+            text = file.read(length)
+        size = path.stat().st_size
+    except OSError as error:
+        raise PicogptError(f"cannot read the token file {path}: {error.strerror}; picogpt tokenize makes it") from error
+    try:
+        tree = json.loads(text)
+        if tree["version"] != VERSION:
+            raise PicogptError(
+                f"{path} has version {tree['version']} and this picogpt reads version {VERSION}: tokenize the text again"
+            )
+        header = Header(**tree)
+        if header.dtype not in DTYPES or header.count < 0 or header.vocab_size < 1:
+            raise ValueError(f"dtype {header.dtype}, count {header.count}, vocab_size {header.vocab_size}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise PicogptError(f"{path} has a damaged header ({error}): tokenize the text again") from error
+    dtype = np.dtype(header.dtype).newbyteorder("<")
+    start = len(MAGIC) + 4 + length
+    if size != start + header.count * dtype.itemsize:
+        raise PicogptError(
+            f"{path} holds {size:,} bytes where its header promises {start + header.count * dtype.itemsize:,}:"
+            " it was cut short or changed; tokenize the text again"
+        )
+    ids = np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(header.count,))
+    if 0 < header.count <= CHECKED_COUNT and int(ids.max()) >= header.vocab_size:
+        raise PicogptError(f"{path} holds the id {int(ids.max())} in a vocabulary of {header.vocab_size}")
+    return TokenFile(path, header, ids)
+
+
+def open_data(folder: str | Path) -> TokenData:
+    """Open `train.bin` and `val.bin` in `folder`. Raises PicogptError when they do not belong together."""
+    train, val = (open_tokens(Path(folder) / f"{split}.bin") for split in SPLITS)
+    for field in ("vocab_size", "text_sha256", "tokenizer_sha256"):
+        if getattr(train.header, field) != getattr(val.header, field):
+            raise PicogptError(f"{train.path} and {val.path} come from different texts or tokenizers: {field} differs")
+    return TokenData(train, val)
+
+
+def tokenize_chars(
+    text_path: str | Path,
+    folder: str | Path,
+    corpus: str | None = None,
+    val_fraction: float = 0.1,
+    drop_unseen: bool = False,
+) -> TokenData:
+    """Split a UTF-8 text, first part for training, and write tokenizer and token files into `folder`.
+
+    The name of the corpus is `corpus`, or the file's own name. With `drop_unseen`, characters of the
+    validation text that the training text lacks are left out; without it they are an error.
+
+    Raises PicogptError when the text is empty, not UTF-8, of one character, or too short to split.
+    """
+    text = read_text(text_path)
+    if not text:
+        raise PicogptError(f"{text_path} is empty")
+    cut = int(len(text) * (1 - val_fraction))
+    train, val = text[:cut], text[cut:]
+    if len(train) < 2 or len(val) < 2:
+        raise PicogptError(f"{text_path} has {len(text)} characters: too few for a training and a validation text")
+    tokenizer = CharTokenizer.from_text(train)
+    unseen = Counter(character for character in val if character not in set(tokenizer.characters))
+    if unseen and not drop_unseen:
+        listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
+        raise PicogptError(
+            f"{text_path}: the validation text (the last {val_fraction:.0%}) has characters that the training text lacks:"
+            f" {listed}. No model can predict them; leave them out with --drop-unseen (drop_unseen: true), or mend the text."
+        )
+    val = "".join(character for character in val if character not in unseen)
+    text_sha256 = sha256_file(text_path)
+    with locked(folder, "tokenizing"):
+        for split, part in zip(SPLITS, (train, val), strict=True):
+            ids = tokenizer.encode(part)
+            header = Header(
+                version=VERSION,
+                dtype=ids.dtype.name,
+                vocab_size=tokenizer.vocab_size,
+                count=len(ids),
+                split=split,
+                corpus=corpus or Path(text_path).stem,
+                text_sha256=text_sha256,
+                tokenizer_sha256=tokenizer.sha256,
+            )
+            write_tokens(Path(folder) / f"{split}.bin", ids, header)
+        tokenizer.save(folder)
+    return open_data(folder)

@@ -1,0 +1,128 @@
+"""What is here: device, the dtype that is fast on it, threads, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from picogpt.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device to compute on, and how to use it well."""
+
+    name: str
+    """As its maker calls it, for records."""
+    torch_name: str
+    """cpu, cuda:0, mps."""
+    dtype: str
+    """bfloat16 or float32, for the matrix products."""
+
+    @property
+    def kind(self) -> str:
+        """cpu, cuda or mps."""
+        return self.torch_name.partition(":")[0]
+
+
+def size_of_machine() -> str:
+    """gpu where a GPU is here, else cpu; without importing torch, so that a workflow can ask it at every start."""
+    return "gpu" if nvidia_gpus() or (platform.system() == "Darwin" and platform.machine() == "arm64") else "cpu"
+
+
+@cache
+def nvidia_gpus() -> tuple[str, ...]:
+    """Names of the NVIDIA GPUs that the driver lists, filtered by CUDA_VISIBLE_DEVICES=''; empty without a driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return ()
+    query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+
+
+def select(device: str = "auto", dtype: str = "auto") -> Device:
+    """Choose the device and the dtype of its matrix products.
+
+    Raises UsageError when a device is asked for that is not here.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if int(index or 0) >= count:
+            raise UsageError(f"device {device!r} was asked for and {count} CUDA devices are here; --device cpu works")
+        device = f"cuda:{index or 0}"
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        name = torch.cuda.get_device_name(device)
+    elif kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise UsageError("device 'mps' was asked for and is not here; --device cpu works")
+        fast, name = False, f"Apple {platform.machine()}"
+    else:
+        fast, name = bool({"amx_bf16", "avx512_bf16"} & cpu_flags()), cpu_name()
+    chosen = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
+    return Device(name=name, torch_name=device, dtype=chosen)
+
+
+def torch_dtype(device: Device) -> torch.dtype:
+    """The torch dtype of `device.dtype`."""
+    import torch
+
+    return torch.bfloat16 if device.dtype == "bfloat16" else torch.float32
+
+
+def cpu_count() -> int:
+    """Cores this process may use; fewer than the machine has inside a container or a batch job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _cpu_info() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    first = text.split("\n\n")[0]
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of the CPU as Linux lists them; empty elsewhere."""
+    return frozenset(_cpu_info().get("flags", "").split())
+
+
+def cpu_name() -> str:
+    """Model name of the CPU."""
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """Physical memory of the machine; 0 where it cannot be asked."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, or None without one."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None

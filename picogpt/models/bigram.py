@@ -1,0 +1,43 @@
+"""The character bigram: the next character depends on the current one alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from picogpt.config import CharBigramConfig
+
+
+class CharBigram(nn.Module):
+    """One table of logits, (vocab_size, vocab_size); what a count of pairs would give, learned by gradient descent."""
+
+    def __init__(self, config: CharBigramConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(
+            vocab_size, vocab_size
+        )  # N(0, 1): sure of the wrong things, so it starts above ln V
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: None = None) -> torch.Tensor:
+        """Logits (B, T, V) of `idx` (B, T); with `targets` (B, T), the mean cross-entropy in nats, float32."""
+        logits = self.embedding(idx)  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def new_cache(self, batch_size: int) -> None:
+        """Nothing: no token but the last matters."""
+        return None
+
+
+def closed_form_loss(ids: torch.Tensor, vocab_size: int) -> float:
+    """The lowest training loss any bigram can reach, in nats: the conditional entropy of the pair counts.
+
+    H = -1/N * sum over pairs (a, b) of n(a, b) * ln(n(a, b) / n(a)), with N the number of pairs in `ids` (N + 1,).
+    """
+    pairs = ids[:-1].long() * vocab_size + ids[1:].long()
+    counts = torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size).double()
+    given = counts.sum(1, keepdim=True)
+    # xlogy is 0 where a pair never occurs.
+    return -(torch.xlogy(counts, counts) - torch.xlogy(counts, given)).sum().item() / counts.sum().item()

@@ -1,0 +1,82 @@
+"""Progress that a person can follow: a live bar on a terminal, plain lines elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LINE_INTERVAL_S = 10.0
+
+
+@contextmanager
+def transfer(name: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show bytes, rate and time left of a transfer; yields a function that takes the bytes just received."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    if not sys.stderr.isatty():
+        print(f"fetching {name}: {total:,} bytes" + (f", {start:,} already here" if start else ""), file=sys.stderr)
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=_console()) as progress:
+        task = progress.add_task(name, total=total, completed=start)
+        yield lambda count: progress.advance(task, count)
+
+
+class Training:
+    """A bar of steps with loss, tokens/s and time left; on a file or a pipe a line every few seconds."""
+
+    def __init__(self, name: str, total_steps: int, start_step: int):
+        self.name, self.total, self.start = name, total_steps, start_step
+        self._began = self._last_line = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=_console())
+            self._task = self._bar.add_task(name, total=total_steps, completed=start_step, note="")
+
+    def __enter__(self) -> Training:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_second: float, val_loss: float | None) -> None:
+        """Show that `step` steps are done. `loss` in nats a token, `val_loss` the latest one."""
+        note = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if val_loss is not None:
+            note += f"  val {val_loss:.4f}"
+        if self._bar:
+            self._bar.update(self._task, completed=step, note=note)
+        elif time.monotonic() - self._last_line > LINE_INTERVAL_S or step == self.total:
+            self._last_line = time.monotonic()
+            rate = (step - self.start) / max(self._last_line - self._began, 1e-9)
+            left = (self.total - step) / max(rate, 1e-9)
+            print(f"{self.name}: step {step}/{self.total}  {note}  {_clock(left)} left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,103 @@
+"""Result records: numbers with all that is needed to know where they come from. One JSON file each."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from picogpt import __version__, hardware
+from picogpt.errors import PicogptError
+from picogpt.files import read_text, write_text
+
+SCHEMA_VERSION = 1
+REQUIRED = ("schema_version", "kind", "created", "device", "software", "commit", "corpus", "config", "results")
+
+
+def provenance(device: hardware.Device) -> dict[str, Any]:
+    """What the numbers of a record stand on: time, device, driver, library versions, commit."""
+    commit, dirty = _commit()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": {
+            "name": device.name,
+            "kind": device.kind,
+            "dtype": device.dtype,
+            "driver": hardware.driver_version() if device.kind == "cuda" else None,
+            "cores": hardware.cpu_count(),
+            "memory_bytes": hardware.memory_bytes(),
+        },
+        "software": {
+            "picogpt": __version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()}",
+            **{name: _version(name) for name in ("torch", "numpy")},
+        },
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def write(path: str | Path, record: dict[str, Any]) -> None:
+    """Write a record. Raises PicogptError when a required part is missing or the file cannot be written."""
+    _check(record, str(path))
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a record. Raises PicogptError when it is not JSON, of another schema version, or lacks a part."""
+    try:
+        record = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise PicogptError(f"{path} is not a result record: {error}") from error
+    _check(record, str(path))
+    return record
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line. Raises PicogptError naming the line that is none."""
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise PicogptError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+def _check(record: Any, path: str) -> None:
+    missing = [key for key in REQUIRED if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise PicogptError(f"{path} is not a complete result record: {', '.join(missing)} missing")
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise PicogptError(
+            f"{path} has schema version {record['schema_version']} and this picogpt reads {SCHEMA_VERSION}: make it again"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit of the source tree and whether files differ from it; (None, None) outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None, None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None

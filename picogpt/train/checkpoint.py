@@ -1,0 +1,169 @@
+"""Checkpoints: `best.pt`, weights to sample from, and `last.pt`, all that is needed to go on.
+
+Both hold tensors and plain values only and load with `weights_only=True`; nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from picogpt import models
+from picogpt.config import Experiment, parse
+from picogpt.errors import PicogptError
+from picogpt.files import atomic_write
+
+FORMAT = "picogpt-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained model as read from `best.pt`."""
+
+    path: Path
+    experiment: Experiment
+    vocab_size: int
+    corpus: dict[str, Any]
+    step: int
+    val_loss: float
+    state: dict[str, torch.Tensor]
+
+    def model(self, untrained: bool = False) -> nn.Module:
+        """The model, in evaluation mode; with `untrained`, as it was before the first step.
+
+        Raises PicogptError when the tensors are not those of the model.
+        """
+        model = models.build(self.experiment.model, self.vocab_size, self.experiment.train.seed)
+        if not untrained:
+            load_tensors(model, self.state, self.path)
+        return model.eval()
+
+
+def save_weights(
+    path: Path, model: nn.Module, experiment: Experiment, vocab_size: int, corpus: dict, step: int, val_loss: float
+) -> None:
+    """Write `best.pt` in one piece."""
+    _save(
+        path,
+        {
+            "content": "weights",
+            "experiment": experiment.model_dump(),
+            "vocab_size": vocab_size,
+            "corpus": corpus,
+            "step": step,
+            "val_loss": val_loss,
+            "model": model.state_dict(),
+        },
+    )
+
+
+def load_weights(path: str | Path, kind: str | None = None) -> Weights:
+    """Read a `best.pt`.
+
+    Raises PicogptError when it is missing, torn, holds code, or is of another model than `kind`.
+    """
+    path = Path(path)
+    tree = _load(path, "weights")
+    experiment = parse(Experiment, _lists(tree["experiment"]), f"{path}, experiment")
+    if kind and experiment.model.kind != kind:
+        raise PicogptError(
+            f"{path} holds a {experiment.model.kind}, not a {kind}: picogpt sample {experiment.model.kind}"
+        )
+    return Weights(
+        path=path,
+        experiment=experiment,
+        vocab_size=tree["vocab_size"],
+        corpus=tree["corpus"],
+        step=tree["step"],
+        val_loss=tree["val_loss"],
+        state=tree["model"],
+    )
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `last.pt` in one piece and keep the one before it as `last.previous.pt`."""
+    if path.exists():
+        spare = previous(path).with_suffix(".tmp")
+        spare.unlink(missing_ok=True)
+        # A link, not a rename: at no moment is there no last.pt.
+        os.link(path, spare)
+        os.replace(spare, previous(path))
+    _save(path, {"content": "state", **state})
+
+
+def load_state(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Read `last.pt`, or the one before it where it is torn; returns the state and a warning.
+
+    Raises PicogptError when neither can be used.
+    """
+    try:
+        return _load(path, "state"), None
+    except PicogptError as error:
+        if not previous(path).exists():
+            raise
+        return _load(previous(path), "state"), f"{error}; going on from the checkpoint before it"
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
+    """Copy the tensors of `state` into `model`. Raises PicogptError naming what is missing, extra or misshaped."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {found[name]}, not {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    if problems:
+        raise PicogptError(f"{source} does not fit the model: {'; '.join(sorted(problems)[:5])}")
+    model.load_state_dict(state)
+
+
+def _save(path: Path, tree: dict[str, Any]) -> None:
+    try:
+        with atomic_write(path) as file:
+            torch.save({"format": FORMAT, "version": VERSION, **tree}, file)
+    except RuntimeError as error:  # torch's writer wraps the OSError of a full disk
+        raise PicogptError(f"cannot write {path}: {error.__context__ or error}") from error
+
+
+def _load(path: Path, content: str) -> dict[str, Any]:
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise PicogptError(
+            f"{path} holds more than tensors and plain values, which could be code; it is refused and nothing of it was run"
+        ) from error
+    except OSError as error:
+        raise PicogptError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise PicogptError(f"{path} is torn or no checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise PicogptError(f"{path} is no checkpoint of picogpt")
+    if tree["version"] != VERSION:
+        raise PicogptError(f"{path} has version {tree['version']}; this picogpt reads version {VERSION}")
+    if tree["content"] != content:
+        names = {"weights": "weights only (best.pt)", "state": "the state of a training (last.pt)"}
+        raise PicogptError(f"{path} holds {names[tree['content']]}; {names[content]} is needed here")
+    return tree
+
+
+def _lists(value: Any) -> Any:
+    # torch.save keeps tuples; the settings were checked from YAML, which has lists.
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return list(value) if isinstance(value, (list, tuple)) else value

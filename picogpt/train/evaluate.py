@@ -1,0 +1,38 @@
+"""Exact evaluation: every token of a split once, in order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from picogpt.data.sampler import sequential
+from picogpt.hardware import Device, torch_dtype
+
+TOKENS_AT_ONCE = 1 << 14
+
+
+def autocast(device: Device) -> torch.autocast:
+    """Matrix products in the device's dtype, the rest in float32."""
+    dtype = torch_dtype(device)
+    return torch.autocast(device.kind, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, ids: np.ndarray, device: Device, batch_size: int | None = None) -> float:
+    """Mean cross-entropy, in nats a token, over all targets of `ids` (N,): N - 1 of them.
+
+    The tokens are cut into windows of the model's block size that do not overlap, so a prediction sees
+    what lies before it in its window. `batch_size` changes speed and memory, not the answer.
+    """
+    block_size = model.config.block_size
+    batch_size = batch_size or max(1, TOKENS_AT_ONCE // block_size)
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device.torch_name if device.kind != "mps" else "cpu")
+    for inputs, targets in sequential(ids, block_size, batch_size):
+        x, y = (torch.from_numpy(a).to(device.torch_name) for a in (inputs, targets))
+        with autocast(device):
+            total += model(x, y).to(total) * targets.size
+    model.train(was_training)
+    return total.item() / (len(ids) - 1)

@@ -1,0 +1,134 @@
+"""Optimizers and the learning-rate schedule.
+
+AdamW takes everything, or all but the matrices of the blocks, which Muon takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from picogpt.config import TrainConfig
+
+# Coefficients of the quintic Newton-Schulz iteration, from Keller Jordan's Muon (2024),
+# https://kellerjordan.github.io/posts/muon/: they drive every singular value into about [0.7, 1.2] in five steps.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+class Optimizer:
+    """The optimizers of a model and their schedule, as one."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int):
+        self.config, self.total_steps = config, total_steps
+        embeddings, matrices, rest = _sort(model)
+        adam_groups = [
+            {"params": embeddings, "lr": config.embedding_learning_rate or config.learning_rate, "weight_decay": 0.0},
+            {"params": rest, "lr": config.learning_rate, "weight_decay": 0.0},
+        ]
+        self.parts: list[torch.optim.Optimizer] = []
+        if config.optimizer == "muon" and matrices:
+            self.parts.append(Muon(matrices, config.matrix_learning_rate, config.momentum, config.weight_decay))
+        else:
+            adam_groups.append({"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay})
+        self.parts.append(
+            torch.optim.AdamW([g for g in adam_groups if g["params"]], betas=config.betas, eps=config.eps, fused=True)
+        )
+        self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    def step(self, step: int) -> None:
+        """Update the weights from their gradients as step number `step`, counted from 0, and drop the gradients."""
+        factor = learning_rate_factor(step, self.total_steps, self.config)
+        for part, peaks in zip(self.parts, self._peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """All that is needed to go on."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Go on from `state_dict`'s answer."""
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update, for each matrix, is replaced by the nearest orthogonal one.
+
+    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all matrices; those of one shape together, as one batched product."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for param in group["params"]:
+                by_shape.setdefault(param.shape, []).append(param)
+            for shape, params in by_shape.items():
+                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                gradients = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
+                # A tall matrix has fewer directions than outputs; this keeps the size of a change in its output.
+                lr = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(updates), alpha=-lr)
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """The orthogonal factor of each matrix, (N, rows, columns), approximately: singular values land near 1.
+
+    bfloat16 suffices, as the iteration corrects its own rounding.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate at `step` of `total_steps`: linear warm-up, plateau, decay."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    decay_steps = config.decay_fraction * total_steps
+    left = min(1.0, (total_steps - step) / decay_steps)  # 1 on the plateau, just above 0 at the last step
+    if config.schedule == "constant":
+        left = 1.0
+    elif config.schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return config.final_learning_rate_fraction + (1 - config.final_learning_rate_fraction) * left
+
+
+def clip_gradients(model: nn.Module, largest_norm: float) -> torch.Tensor:
+    """Scale the gradients down to a global norm of `largest_norm`; return the norm before, on the device."""
+    return nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
+
+
+def _sort(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters as (embeddings, matrices of the blocks, the rest: head, gains and biases)."""
+    embedding_ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings, matrices, rest = [], [], []
+    for name, param in model.named_parameters():
+        if id(param) in embedding_ids:
+            embeddings.append(param)
+        elif param.dim() == 2 and name.startswith("h."):
+            matrices.append(param)
+        else:
+            rest.append(param)
+    return embeddings, matrices, rest
