@@ -86,10 +86,7 @@ def fetch(names: tuple[str, ...], first: bool, folder: Path, out: Path | None) -
         return
     if out and len(names) > 1 and not first:
         raise UsageError("--out takes one file: name one asset, or pass --first")
-    if first:
-        fetched = [assets.fetch_first(names, folder)]
-    else:
-        fetched = [(name, assets.fetch(name, folder)) for name in names]
+    fetched = [assets.fetch_first(names, folder)] if first else [(name, assets.fetch(name, folder)) for name in names]
     for name, path in fetched:
         click.echo(f"{name}: {path}")
         if out:
@@ -138,9 +135,16 @@ class TrainCommand(click.Command):
     """Lists every setting, from the types that check them, at the end of its help."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from picogpt.config import CharBigramConfig, CharTransformerConfig, RuntimeConfig, TrainConfig, describe
+        from picogpt.config import (
+            CharBigramConfig,
+            CharTransformerConfig,
+            RuntimeConfig,
+            Settings,
+            TrainConfig,
+            describe,
+        )
 
-        sections = {
+        sections: dict[str, tuple[str, type[Settings]]] = {
             "model of char-bigram": ("model", CharBigramConfig),
             "model of char-transformer": ("model", CharTransformerConfig),
             "train: what changes the result": ("train", TrainConfig),

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -56,7 +56,7 @@ class CharTransformerConfig(Settings):
         return self
 
 
-ModelConfig = Annotated[Union[CharBigramConfig, CharTransformerConfig], Field(discriminator="kind")]
+ModelConfig = Annotated[CharBigramConfig | CharTransformerConfig, Field(discriminator="kind")]
 
 
 class TrainConfig(Settings):
@@ -219,7 +219,8 @@ def describe(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, 
 
 def json_schema(name: str) -> str:
     """The JSON schema of `SCHEMAS[name]`, as text."""
-    return json.dumps(SCHEMAS[name].model_json_schema(), indent=2) + "\n"
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **SCHEMAS[name].model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
 
 
 def _override(tree: dict, override: str) -> None:
@@ -245,7 +246,7 @@ def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
     path = [str(part) for part in detail["loc"] if part not in MODEL_KINDS]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        allowed = _allowed_keys(cls, [part for part in detail["loc"][:-1]])
+        allowed = _allowed_keys(cls, detail["loc"][:-1])
         close = difflib.get_close_matches(path[-1], allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}"
@@ -260,7 +261,7 @@ def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
 def _allowed_keys(cls: type[Settings], location: Sequence[Any]) -> list[str]:
     for part in location:
         if part in MODEL_KINDS:
-            kinds = [kind for kind in get_args(get_args(ModelConfig)[0])]
+            kinds = get_args(get_args(ModelConfig)[0])
             cls = next(kind for kind in kinds if part in get_args(kind.model_fields["kind"].annotation))
         else:
             annotation = cls.model_fields[str(part)].annotation

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from picogpt import hardware
 from picogpt.data.tokenizers import CharTokenizer
 from picogpt.errors import UsageError
+from picogpt.models.cache import KVCache
+from picogpt.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Decoding:
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: LanguageModel,
     prompt: torch.Tensor,
     count: int,
     decoding: Decoding,
@@ -64,7 +65,8 @@ def generate(
     random = torch.Generator().manual_seed(seed)
     tokens = torch.empty(batch, length + count, dtype=torch.int64, device=prompt.device)
     tokens[:, :length] = prompt
-    cache, cache_first, read = None, -1, 0
+    cache: KVCache | None = None
+    cache_first, read = -1, 0
     for position in range(length, length + count):
         first = context_start(position, length, block_size)
         if cached and first != cache_first:
@@ -102,7 +104,7 @@ def choose(logits: torch.Tensor, decoding: Decoding, random: torch.Generator) ->
 
 
 def sample_texts(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: CharTokenizer,
     prompt: str,
     count: int,

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from picogpt.config import Settings, config_folder, parse, read_yaml
 from picogpt.errors import PicogptError, Unreachable, UsageError
-from picogpt.files import atomic_write, locked, sha256_file
+from picogpt.files import locked, sha256_file
 from picogpt.progress import transfer
 
 MIRROR_VARIABLE = "PICOGPT_MIRROR"
@@ -49,7 +49,7 @@ class Asset(File):
 
     title: str
     licence: str
-    addresses: list[str] = []
+    addresses: tuple[str, ...] = ()
     archive: Archive | None = None
 
 
@@ -86,11 +86,7 @@ def fetch(name: str, folder: str | Path) -> Path:
         if asset.archive is None:
             _obtain(asset, target, lambda: asset.addresses)
         else:
-            archive = target.parent / asset.archive.file
-            if not is_whole(archive, asset.archive):
-                _obtain(asset.archive, archive, lambda: _index_addresses(asset.archive))
-            _extract(asset, archive, target)
-            archive.unlink()
+            _build(asset, asset.archive, target)
     return target
 
 
@@ -115,7 +111,7 @@ def is_whole(path: Path, file: File) -> bool:
 
 
 def _obtain(file: File, target: Path, addresses: Callable[[], Sequence[str]]) -> None:
-    reasons = []
+    reasons: list[str] = []
     for address in _sources(file, addresses, reasons):
         try:
             if "://" in address:
@@ -220,15 +216,18 @@ def _incoming(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
-def _extract(asset: Asset, archive: Path, target: Path) -> None:
-    """Concatenate the parts of an archive, in the registry's order, into `target`."""
-    assert asset.archive is not None
-    with tarfile.open(archive) as tar, atomic_write(_incoming(target)) as out:
-        for part in asset.archive.parts:
-            member = tar.extractfile(asset.archive.member.format(part))
+def _build(asset: Asset, archive: Archive, target: Path) -> None:
+    """Fetch the archive, write its parts one after another into `target`, and drop it."""
+    path = target.parent / archive.file
+    if not is_whole(path, archive):
+        _obtain(archive, path, lambda: _index_addresses(archive))
+    with tarfile.open(path) as tar, open(_incoming(target), "wb") as out:
+        for part in archive.parts:
+            member = tar.extractfile(archive.member.format(part))
             assert member is not None  # the archive's hash is pinned, so its members are known
             out.write(member.read())
-    _accept(str(archive), asset, target)
+    _accept(str(path), asset, target)
+    path.unlink()
 
 
 def _index_addresses(archive: Archive) -> list[str]:

@@ -1,22 +1,16 @@
-"""Models, by the `kind` of their configuration.
-
-Each is an `nn.Module` with
-    forward(idx, targets=None, cache=None)   idx (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean loss
-    new_cache(batch_size)                    what decoding keeps between calls, or None where there is nothing to keep
-    config.block_size                        the longest T
-"""
+"""Models, one a file, built from the `kind` of their configuration."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from picogpt.config import CharBigramConfig, CharTransformerConfig
+from picogpt.config import CharBigramConfig, ModelConfig
 from picogpt.models.bigram import CharBigram
 from picogpt.models.char_transformer import CharTransformer
+from picogpt.models.language_model import LanguageModel
 
 
-def build(config: CharBigramConfig | CharTransformerConfig, vocab_size: int, seed: int) -> nn.Module:
+def build(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
     """A model with fresh weights, on the CPU, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

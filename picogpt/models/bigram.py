@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from picogpt.config import CharBigramConfig
+from picogpt.models.cache import KVCache
+from picogpt.models.language_model import LanguageModel
 
 
-class CharBigram(nn.Module):
+class CharBigram(LanguageModel):
     """One table of logits, (vocab_size, vocab_size); what a count of pairs would give, learned by gradient descent."""
 
     def __init__(self, config: CharBigramConfig, vocab_size: int):
@@ -19,16 +21,14 @@ class CharBigram(nn.Module):
             vocab_size, vocab_size
         )  # N(0, 1): sure of the wrong things, so it starts above ln V
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: None = None) -> torch.Tensor:
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
         """Logits (B, T, V) of `idx` (B, T); with `targets` (B, T), the mean cross-entropy in nats, float32."""
         logits = self.embedding(idx)  # (B, T, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def new_cache(self, batch_size: int) -> None:
-        """Nothing: no token but the last matters."""
-        return None
 
 
 def closed_form_loss(ids: torch.Tensor, vocab_size: int) -> float:

@@ -15,6 +15,7 @@ class KVCache:
         shape = (n_layer, 2, batch_size, n_head, block_size, head_size)
         self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.length = 0
+        self.last: torch.Tensor | None = None  # (B, 1), the token at `length - 1`
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v (B, H, T, D) behind what is there; return all keys and values, (B, H, length + T, D)."""
@@ -23,6 +24,7 @@ class KVCache:
         self.values[layer, 1, :, :, self.length : end] = v
         return self.values[layer, 0, :, :, :end], self.values[layer, 1, :, :, :end]
 
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` positions as filled."""
-        self.length += tokens
+    def advance(self, idx: torch.Tensor) -> None:
+        """Count the positions of the tokens idx (B, T) as filled."""
+        self.length += idx.size(1)
+        self.last = idx[:, -1:]

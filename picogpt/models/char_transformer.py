@@ -18,20 +18,18 @@ from torch import nn
 
 from picogpt.config import CharTransformerConfig
 from picogpt.models.cache import KVCache
+from picogpt.models.language_model import LanguageModel
 
 ROTARY_BASE = 1000.0
 LOGIT_CAP = 15.0
 
 
-class CharCache(KVCache):
-    """Also remembers the last character, for the embedding of pairs."""
-
-    last: torch.Tensor | None = None
-    """(B, 1) int64; None before the first call."""
-
-
-class CharTransformer(nn.Module):
+class CharTransformer(LanguageModel):
     """Embeddings, `n_layer` blocks, a linear head."""
+
+    config: CharTransformerConfig
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, config: CharTransformerConfig, vocab_size: int):
         super().__init__()
@@ -49,7 +47,7 @@ class CharTransformer(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: CharCache | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
         """Logits (B, T, V), float32; with `targets` (B, T), the mean cross-entropy in nats.
 
@@ -67,16 +65,15 @@ class CharTransformer(nn.Module):
         logits = self.head(norm(x)).float()  # (B, T, V)
         logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)  # no single character gets all the probability
         if cache:
-            cache.advance(T)
-            cache.last = idx[:, -1:]
+            cache.advance(idx)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def new_cache(self, batch_size: int) -> CharCache:
+    def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `batch_size` sequences."""
         c = self.config
-        return CharCache(c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, like=self.head.weight)
+        return KVCache(c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, like=self.head.weight)
 
 
 class Block(nn.Module):
@@ -92,13 +89,13 @@ class Block(nn.Module):
         nn.init.zeros_(self.c_proj.weight)
         nn.init.zeros_(self.c_out.weight)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: CharCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)."""
         x = x + F.dropout(self.attention(norm(x), cos, sin, cache), self.dropout, self.training)
         hidden = F.relu(self.c_fc(norm(x))).square()  # (B, T, 4C)
         return x + F.dropout(self.c_out(hidden), self.dropout, self.training)
 
-    def attention(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: CharCache | None) -> torch.Tensor:
+    def attention(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """Causal self-attention, (B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).chunk(3, dim=1)

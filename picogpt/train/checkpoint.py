@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from picogpt import models
 from picogpt.config import Experiment, parse
 from picogpt.errors import PicogptError
 from picogpt.files import atomic_write
+from picogpt.models.language_model import LanguageModel
 
 FORMAT = "picogpt-checkpoint"
 VERSION = 1
@@ -36,7 +38,7 @@ class Weights:
     val_loss: float
     state: dict[str, torch.Tensor]
 
-    def model(self, untrained: bool = False) -> nn.Module:
+    def model(self, untrained: bool = False) -> LanguageModel:
         """The model, in evaluation mode; with `untrained`, as it was before the first step.
 
         Raises PicogptError when the tensors are not those of the model.
@@ -93,8 +95,11 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     if path.exists():
         spare = previous(path).with_suffix(".tmp")
         spare.unlink(missing_ok=True)
-        # A link, not a rename: at no moment is there no last.pt.
-        os.link(path, spare)
+        # A second name, not a rename: at no moment is there no last.pt.
+        try:
+            os.link(path, spare)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, spare)
         os.replace(spare, previous(path))
     _save(path, {"content": "state", **state})
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
 from picogpt.data.sampler import sequential
 from picogpt.hardware import Device, torch_dtype
+from picogpt.models.language_model import LanguageModel
 
 TOKENS_AT_ONCE = 1 << 14
 
@@ -19,14 +19,15 @@ def autocast(device: Device) -> torch.autocast:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, ids: np.ndarray, device: Device, batch_size: int | None = None) -> float:
+def evaluate(model: LanguageModel, ids: np.ndarray, device: Device, batch_size: int | None = None) -> float:
     """Mean cross-entropy, in nats a token, over all targets of `ids` (N,): N - 1 of them.
 
     The tokens are cut into windows of the model's block size that do not overlap, so a prediction sees
     what lies before it in its window. `batch_size` changes speed and memory, not the answer.
     """
     block_size = model.config.block_size
-    batch_size = batch_size or max(1, TOKENS_AT_ONCE // block_size)
+    if batch_size is None:
+        batch_size = max(1, TOKENS_AT_ONCE // block_size)
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device.torch_name if device.kind != "mps" else "cpu")

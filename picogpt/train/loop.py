@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from picogpt import hardware, models, records
@@ -298,7 +299,9 @@ class Trainer:
             "sessions": p.sessions,
         }
         if model.kind == "char-bigram":
-            results["closed_form_train_loss"] = closed_form_loss(torch.from_numpy(train.ids[:]), self.data.vocab_size)
+            results["closed_form_train_loss"] = closed_form_loss(
+                torch.from_numpy(np.array(train.ids)), self.data.vocab_size
+            )
         record = {
             **records.provenance(self.device),
             "kind": f"train {model.kind}",
@@ -326,18 +329,19 @@ def _stop_on_signals() -> Iterator[list[int]]:
     """Collect signals that ask for a stop; a second one of the same kind has its usual effect at once."""
     received: list[int] = []
 
+    previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
+
     def remember(number: int, frame: object) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        signal.signal(number, remember)
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, remember)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

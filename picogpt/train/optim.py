@@ -72,12 +72,14 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all matrices; those of one shape together, as one batched product."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for param in group["params"]:
                 by_shape.setdefault(param.shape, []).append(param)
             for shape, params in by_shape.items():
-                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
-                gradients = [p.grad for p in params]
+                buffers: list[torch.Tensor] = [
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params
+                ]
+                gradients = [p.grad for p in params if p.grad is not None]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
                 # A tall matrix has fewer directions than outputs; this keeps the size of a change in its output.

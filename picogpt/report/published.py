@@ -1,0 +1,65 @@
+"""The published numbers, `config/published.yaml`, and how a measured one compares."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+from pydantic import Field
+
+from picogpt.config import Settings, config_folder, parse, read_yaml
+
+CORPUS = "tinyshakespeare"
+"""What every published number was measured on."""
+
+
+class Number(Settings):
+    """One row of the comparison."""
+
+    section: str
+    metric: str
+    record: str = Field(description="kind of the record that measures it")
+    key: str = Field(description="its place in the record's results")
+    unit: str
+    published: float | None = Field(None, description="null: the write-up gives none")
+    tolerance: float = Field(0.0, ge=0, description="up to this difference it counts as reproduced")
+    better: Literal["lower", "higher"] | None = Field(None, description="null: neither direction is better")
+    note: str = Field("", description="why ours differs")
+
+
+@functools.cache
+def numbers() -> tuple[Number, ...]:
+    """All rows, in order."""
+    path = config_folder() / "published.yaml"
+    return tuple(parse(Number, row, f"{path}, row {index}") for index, row in enumerate(read_yaml(path)["numbers"], 1))
+
+
+def published(record: str) -> dict[str, float]:
+    """The published values that stand beside the results of a kind of record, by key."""
+    return {number.key: number.published for number in numbers() if number.record == record and number.published}
+
+
+def compare(number: Number, record: dict[str, Any] | None) -> dict[str, Any]:
+    """One row of `results/summary.csv`. `record` is None where nothing measured the number here."""
+    measured = record["results"].get(number.key) if record else None
+    row = {
+        "section": number.section,
+        "metric": number.metric,
+        "published": number.published,
+        "measured": measured,
+        "unit": number.unit,
+        "device": record["device"]["name"] if record else None,
+    }
+    if record is None or measured is None:
+        return {**row, "status": "not measured here", "note": f"no record of {number.record} has it"}
+    corpus = record["corpus"]["name"]
+    if corpus != CORPUS:
+        return {**row, "status": "not comparable", "note": f"measured on {corpus}, published for {CORPUS}"}
+    if number.published is None:
+        return {**row, "status": "not comparable", "note": number.note or "nothing is published"}
+    difference = measured - number.published
+    if abs(difference) <= number.tolerance:
+        return {**row, "status": "reproduced", "note": f"within {number.tolerance:g}"}
+    if number.better and (difference < 0) == (number.better == "lower"):
+        return {**row, "status": "better", "note": number.note}
+    return {**row, "status": "differs", "note": number.note}

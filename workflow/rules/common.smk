@@ -1,0 +1,54 @@
+# Names that several topics share. Nothing here runs a step.
+
+import json
+import os
+import subprocess
+
+import yaml
+
+MODELS = ["char_bigram", "char_transformer"]
+RUN = config["run"]
+TOKENS = f"weights/char_tokenizer/{RUN}"
+
+
+wildcard_constraints:
+    model="|".join(MODELS),
+
+
+def corpus_file():
+    """The text that everything stands on: fetched, or the user's own file."""
+    return (
+        config["corpus"]
+        if isinstance(config["corpus"], str)
+        else "resources/corpus.txt"
+    )
+
+
+def machine_size():
+    """cpu or gpu: which settings of a model fit this machine."""
+    if config["size"] != "auto":
+        return config["size"]
+    return subprocess.run(
+        ["picogpt", "hardware", "--size"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def settings_file(model):
+    """The YAML file of a model's settings, as seen from the working directory."""
+    if config[model]["config"] != "auto":
+        return config[model]["config"]
+    single = Path(workflow.basedir, f"config/models/{model}.yaml")
+    return os.path.relpath(
+        single if single.exists() else single.with_stem(f"{model}_{SIZE}")
+    )
+
+
+def settings(model):
+    """What decides the result of a training, as text: the file without its comments and without `runtime`."""
+    tree = yaml.safe_load(Path(settings_file(model)).read_text())
+    return json.dumps(
+        {key: value for key, value in tree.items() if key != "runtime"}, sort_keys=True
+    )
+
+
+SIZE = machine_size()

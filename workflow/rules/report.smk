@@ -1,0 +1,93 @@
+# in:  records, metrics and samples
+# out: media/*_loss.png, results/summary.csv, results/report.md
+
+
+localrules:
+    loss_curve,
+    summary,
+    page,
+
+
+RECORDS = expand(f"weights/{{model}}/{RUN}/record.json", model=MODELS)
+SAMPLES = {
+    f"{model}_{stage}": f"results/samples/{model}_{stage}.txt"
+    for model in MODELS
+    for stage in ("untrained", "trained")
+}
+
+
+rule loss_curve:
+    """Draw how the losses fell, beside the published values, with every epoch and the best step marked."""
+    input:
+        multiext(f"weights/{{model}}/{RUN}/", "record.json", "metrics.jsonl"),
+    output:
+        report(
+            "media/{model}_loss.png",
+            caption="../report/loss_curve.rst",
+            category="character models",
+            labels={"model": "{model}", "artifact": "loss curve"},
+        ),
+    log:
+        "logs/loss_curve_{model}.log",
+    resources:
+        runtime=5,
+        mem_mb=1000,
+    params:
+        run_folder=lambda wildcards: f"weights/{wildcards.model}/{RUN}",
+    shell:
+        "picogpt report loss-curve"
+        " --run-folder {params.run_folder:q}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
+
+
+rule summary:
+    """Put each published number beside the measured one, and say whether it was reproduced and why not."""
+    input:
+        RECORDS,
+    output:
+        report(
+            "results/summary.csv",
+            caption="../report/summary.rst",
+            category="comparison",
+            labels={"model": "all", "artifact": "table"},
+        ),
+    log:
+        "logs/summary.log",
+    resources:
+        runtime=5,
+        mem_mb=500,
+    shell:
+        "picogpt report summary {input:q}" " --out {output:q}" " > {log:q} 2>&1"
+
+
+rule page:
+    """Fill in the write-up with the numbers, figures and samples of this run."""
+    input:
+        summary="results/summary.csv",
+        records=RECORDS,
+        samples=SAMPLES.values(),
+        figures=expand("media/{model}_loss.png", model=MODELS),
+        text="media/char_transformer_sample.txt",
+        template=Path(workflow.basedir, "workflow/report/report.md.j2"),
+    output:
+        "results/report.md",
+    log:
+        "logs/page.log",
+    resources:
+        runtime=5,
+        mem_mb=500,
+    params:
+        records=expand("--record={record}", record=RECORDS),
+        samples=expand(
+            "--sample={pair}",
+            pair=[f"{name}={path}" for name, path in SAMPLES.items()],
+        ),
+    shell:
+        "picogpt report page"
+        " --template {input.template:q}"
+        " --summary {input.summary:q}"
+        " {params.records:q}"
+        " {params.samples:q}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
