@@ -3,8 +3,12 @@
 import json
 import os
 import subprocess
+import sys
 
 import yaml
+
+# `.venv/bin/snakemake` works without activating the environment: its steps find picogpt where Python is.
+shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; ')
 
 MODELS = ["char_bigram", "char_transformer"]
 RUN = config["run"]
@@ -28,8 +32,9 @@ def machine_size():
     """cpu or gpu: which settings of a model fit this machine."""
     if config["size"] != "auto":
         return config["size"]
+    command = [sys.executable, "-m", "picogpt", "hardware", "--size"]
     return subprocess.run(
-        ["picogpt", "hardware", "--size"], capture_output=True, text=True, check=True
+        command, capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
@@ -37,7 +42,7 @@ def settings_file(model):
     """The YAML file of a model's settings, as seen from the working directory."""
     if config[model]["config"] != "auto":
         return config[model]["config"]
-    single = Path(workflow.basedir, f"config/models/{model}.yaml")
+    single = Path(workflow.basedir, f"../config/models/{model}.yaml")
     return os.path.relpath(
         single if single.exists() else single.with_stem(f"{model}_{SIZE}")
     )

@@ -16,6 +16,8 @@ rule fetch_corpus:
         "resources/corpus.txt",
     log:
         "logs/fetch_corpus.log",
+    conda:
+        "../envs/picogpt.yaml"
     resources:
         runtime=10,
         mem_mb=500,

@@ -29,6 +29,8 @@ rule loss_curve:
         ),
     log:
         "logs/loss_curve_{model}.log",
+    conda:
+        "../envs/picogpt.yaml"
     resources:
         runtime=5,
         mem_mb=1000,
@@ -54,6 +56,8 @@ rule summary:
         ),
     log:
         "logs/summary.log",
+    conda:
+        "../envs/picogpt.yaml"
     resources:
         runtime=5,
         mem_mb=500,
@@ -69,11 +73,13 @@ rule page:
         samples=SAMPLES.values(),
         figures=expand("media/{model}_loss.png", model=MODELS),
         text="media/char_transformer_sample.txt",
-        template=Path(workflow.basedir, "workflow/report/report.md.j2"),
+        template=Path(workflow.basedir, "report/report.md.j2"),
     output:
         "results/report.md",
     log:
         "logs/page.log",
+    conda:
+        "../envs/picogpt.yaml"
     resources:
         runtime=5,
         mem_mb=500,

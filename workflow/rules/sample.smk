@@ -17,10 +17,13 @@ rule sample:
         "logs/sample_{model}_{stage}.log",
     wildcard_constraints:
         stage="trained|untrained",
+    conda:
+        "../envs/picogpt.yaml"
     resources:
         runtime=20,
         mem_mb=2000,
     params:
+        tokens=lambda wildcards, input: Path(input.tokenizer).parent,
         kind=lambda wildcards: wildcards.model.replace("_", "-"),
         characters=lambda wildcards: config[wildcards.model][
             (
@@ -35,7 +38,7 @@ rule sample:
     shell:
         "picogpt sample {params.kind:q}"
         " --ckpt {input.ckpt:q}"
-        " --tokenizer-dir {TOKENS:q}"
+        " --tokenizer-dir {params.tokens:q}"
         " -n {params.characters}"
         " {params.untrained}"
         " --out {output:q}"
@@ -55,6 +58,8 @@ rule sample_artifact:
         ),
     log:
         "logs/sample_artifact.log",
+    conda:
+        "../envs/picogpt.yaml"
     resources:
         runtime=5,
         mem_mb=500,

@@ -15,6 +15,8 @@ rule tokenize_char:
         multiext(f"{TOKENS}/", "tokenizer.json", "train.bin", "val.bin"),
     log:
         "logs/tokenize_char.log",
+    conda:
+        "../envs/picogpt.yaml"
     resources:
         runtime=10,
         mem_mb=2000,

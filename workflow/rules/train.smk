@@ -17,12 +17,16 @@ rule train:
         "logs/train_{model}.log",
     benchmark:
         "logs/train_{model}.tsv"
+    conda:
+        "../envs/picogpt.yaml"
     resources:
         # Timings are taken alone.
         machine=100,
         runtime=60,
         mem_mb=8000,
     params:
+        run=RUN,
+        tokens=lambda wildcards, input: Path(input[0]).parent,
         kind=lambda wildcards: wildcards.model.replace("_", "-"),
         config_file=lambda wildcards: settings_file(wildcards.model),
         settings=lambda wildcards: settings(wildcards.model),
@@ -31,8 +35,8 @@ rule train:
         ],
     shell:
         "picogpt train {params.kind:q}"
-        " --data {TOKENS:q}"
-        " --run {RUN:q}"
+        " --data {params.tokens:q}"
+        " --run {params.run:q}"
         " --config {params.config_file:q}"
         " {params.overrides:q}"
         " --replace"
