@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import requests
+import urllib3
 from pydantic import Field
 
 from picogpt.config import Settings, config_folder, parse, read_yaml
@@ -166,7 +167,7 @@ def _download(address: str, file: File, target: Path) -> None:
             # A host that cannot be reached at all is not asked again; one that hung up halfway is.
             if not part.exists() or part.stat().st_size == 0:
                 break
-        except requests.RequestException as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             failure = _innermost(error)
     kept = part.stat().st_size if part.exists() else 0
     if kept:
@@ -175,7 +176,7 @@ def _download(address: str, file: File, target: Path) -> None:
 
 
 def _receive(address: str, file: File, part: Path) -> None:
-    """Append to `part` what is missing of `file`. Raises requests' errors; IncompleteRead as ConnectionError."""
+    """Append to `part` what is missing of `file`. Raises the errors of requests and urllib3."""
     have = part.stat().st_size if part.exists() else 0
     if have >= file.size:
         return
@@ -187,7 +188,8 @@ def _receive(address: str, file: File, part: Path) -> None:
         if not resumed:
             have = 0
         with open(part, "ab" if resumed else "wb") as out, transfer(file.file, total=file.size, start=have) as advance:
-            for chunk in response.iter_content(CHUNK_BYTES):
+            # Not iter_content: it holds back, and loses, what came just before a hang-up.
+            for chunk in iter(lambda: response.raw.read1(CHUNK_BYTES), b""):
                 # A hostile server could send without end.
                 chunk = chunk[: file.size + 1 - have]
                 out.write(chunk)

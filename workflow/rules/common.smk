@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import yaml
+from filelock import FileLock, Timeout
+from snakemake.exceptions import WorkflowError
 
-# `.venv/bin/snakemake` works without activating the environment: its steps find picogpt where Python is.
-shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; ')
+# Bash stops at the first error, as by default; and `.venv/bin/snakemake` works without activating the environment.
+shell.prefix(f'set -euo pipefail; export PATH="{Path(sys.executable).parent}:$PATH"; ')
 
 MODELS = ["char_bigram", "char_transformer"]
 RUN = config["run"]
@@ -19,13 +21,19 @@ wildcard_constraints:
     model="|".join(MODELS),
 
 
+def hold_folder():
+    """Let one pipeline at a time work here. The lock dies with its process, so that a killed one needs no --unlock."""
+    global pipeline_lock
+    pipeline_lock = FileLock(".snakemake/pipeline.lock")
+    try:
+        pipeline_lock.acquire(timeout=0)
+    except Timeout:
+        raise WorkflowError("another pipeline is running in this folder: wait for it to end")
+
+
 def corpus_file():
     """The text that everything stands on: fetched, or the user's own file."""
-    return (
-        config["corpus"]
-        if isinstance(config["corpus"], str)
-        else "resources/corpus.txt"
-    )
+    return config["corpus"] if isinstance(config["corpus"], str) else "resources/corpus.txt"
 
 
 def machine_size():
@@ -33,9 +41,7 @@ def machine_size():
     if config["size"] != "auto":
         return config["size"]
     command = [sys.executable, "-m", "picogpt", "hardware", "--size"]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def settings_file(model):
@@ -43,17 +49,13 @@ def settings_file(model):
     if config[model]["config"] != "auto":
         return config[model]["config"]
     single = Path(workflow.basedir, f"../config/models/{model}.yaml")
-    return os.path.relpath(
-        single if single.exists() else single.with_stem(f"{model}_{SIZE}")
-    )
+    return os.path.relpath(single if single.exists() else single.with_stem(f"{model}_{SIZE}"))
 
 
 def settings(model):
     """What decides the result of a training, as text: the file without its comments and without `runtime`."""
     tree = yaml.safe_load(Path(settings_file(model)).read_text())
-    return json.dumps(
-        {key: value for key, value in tree.items() if key != "runtime"}, sort_keys=True
-    )
+    return json.dumps({key: value for key, value in tree.items() if key != "runtime"}, sort_keys=True)
 
 
 SIZE = machine_size()

@@ -24,7 +24,4 @@ rule fetch_corpus:
     params:
         names=config["corpus"],
     shell:
-        "picogpt fetch --first {params.names:q}"
-        " --folder resources"
-        " --out {output:q}"
-        " 2>&1 | tee -i {log:q}"
+        "picogpt fetch --first {params.names:q}" " --folder resources" " --out {output:q}" " 2>&1 | tee -i {log:q}"

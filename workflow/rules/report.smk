@@ -10,9 +10,7 @@ localrules:
 
 RECORDS = expand(f"weights/{{model}}/{RUN}/record.json", model=MODELS)
 SAMPLES = {
-    f"{model}_{stage}": f"results/samples/{model}_{stage}.txt"
-    for model in MODELS
-    for stage in ("untrained", "trained")
+    f"{model}_{stage}": f"results/samples/{model}_{stage}.txt" for model in MODELS for stage in ("untrained", "trained")
 }
 
 
@@ -37,10 +35,7 @@ rule loss_curve:
     params:
         run_folder=lambda wildcards: f"weights/{wildcards.model}/{RUN}",
     shell:
-        "picogpt report loss-curve"
-        " --run-folder {params.run_folder:q}"
-        " --out {output:q}"
-        " > {log:q} 2>&1"
+        "picogpt report loss-curve" " --run-folder {params.run_folder:q}" " --out {output:q}" " > {log:q} 2>&1"
 
 
 rule summary:

@@ -26,15 +26,9 @@ rule sample:
         tokens=lambda wildcards, input: Path(input.tokenizer).parent,
         kind=lambda wildcards: wildcards.model.replace("_", "-"),
         characters=lambda wildcards: config[wildcards.model][
-            (
-                "sample_characters"
-                if wildcards.stage == "trained"
-                else "untrained_characters"
-            )
+            ("sample_characters" if wildcards.stage == "trained" else "untrained_characters")
         ],
-        untrained=lambda wildcards: (
-            "--untrained" if wildcards.stage == "untrained" else ""
-        ),
+        untrained=lambda wildcards: ("--untrained" if wildcards.stage == "untrained" else ""),
     shell:
         "picogpt sample {params.kind:q}"
         " --ckpt {input.ckpt:q}"

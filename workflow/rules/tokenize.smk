@@ -24,8 +24,4 @@ rule tokenize_char:
         run=RUN,
         flags="--drop-unseen" if config["drop_unseen"] else "",
     shell:
-        "picogpt tokenize char"
-        " --text {input.text:q}"
-        " --run {params.run:q}"
-        " {params.flags}"
-        " > {log:q} 2>&1"
+        "picogpt tokenize char" " --text {input.text:q}" " --run {params.run:q}" " {params.flags}" " > {log:q} 2>&1"

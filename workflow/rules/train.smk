@@ -30,9 +30,7 @@ rule train:
         kind=lambda wildcards: wildcards.model.replace("_", "-"),
         config_file=lambda wildcards: settings_file(wildcards.model),
         settings=lambda wildcards: settings(wildcards.model),
-        overrides=lambda wildcards: [
-            f"--set={pair}" for pair in config[wildcards.model]["set"]
-        ],
+        overrides=lambda wildcards: [f"--set={pair}" for pair in config[wildcards.model]["set"]],
     shell:
         "picogpt train {params.kind:q}"
         " --data {params.tokens:q}"

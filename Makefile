@@ -1,0 +1,48 @@
+# For a machine with Python and make. `pixi run report` and `pixi run test` do the same with conda packages.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: report test check format clean help
+
+help:
+	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
+	@echo "make test     set up, then run the tests"
+	@echo "make check    set up, then lint, types, workflow and schemas"
+	@echo "make format   set up, then format Python and Snakemake files"
+	@echo "make clean    delete what the pipeline wrote (results, media, weights, logs; not resources)"
+
+report: $(READY)
+	$(BIN)/snakemake
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check workflow
+	$(BIN)/snakemake --lint
+	$(BIN)/picogpt schema --check config/schemas
+
+format: $(READY)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+	$(BIN)/snakefmt workflow
+
+clean:
+	rm -rf weights logs results/samples results/report.md results/summary.csv media/*.png media/*.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null \
+	  || { echo "picogpt needs Python 3.11 or later: install it, or name it with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "picogpt needs Python's venv module: install it (Debian: apt install python3-venv)" >&2; exit 1; }
+	@command -v c++ >/dev/null \
+	  || echo "no C++ compiler (c++) is here: everything works, but torch.compile cannot make training on a CPU faster" >&2
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[workflow,slurm,test]'
+	@touch $@

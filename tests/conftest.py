@@ -1,0 +1,157 @@
+"""Parts that several tests share: a small corpus, its tokens, the command line in this process, an HTTP server."""
+
+from __future__ import annotations
+
+import http.server
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from picogpt import cli
+from picogpt.config import Experiment
+from picogpt.data.tokens import TokenData, tokenize_chars
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL_MODEL = {"kind": "char-transformer", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1}
+SMALL_TRAIN = {
+    "steps": 40,
+    "batch_size": 4,
+    "optimizer": "muon",
+    "eval_interval": 10,
+    "warmup_steps": 4,
+    "weight_decay": 0.1,
+}
+SMALL_RUNTIME = {"device": "cpu", "dtype": "float32", "compile": "off", "log_interval": 3, "checkpoint_interval": 7}
+
+
+def small_experiment(**train: object) -> Experiment:
+    """A transformer that trains in a second, with everything on that has a random or a running state."""
+    tree = {"model": SMALL_MODEL, "train": {**SMALL_TRAIN, **train}, "runtime": SMALL_RUNTIME}
+    return Experiment.model_validate(tree)
+
+
+def text_of_words(count: int) -> str:
+    """`count` words in lines: the same text each time."""
+    draw = random.Random(7)
+    words = [
+        "the",
+        "king",
+        "and",
+        "queen",
+        "of",
+        "night",
+        "shall",
+        "not",
+        "sleep",
+        "O",
+        "Juliet:",
+        "my",
+        "lord,",
+        "fair!",
+    ]
+    lines = [" ".join(draw.choices(words, k=8)) for _ in range(count // 8)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_text(text_of_words(1600), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokens_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    tokenize_chars(corpus, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(tokens_folder: Path) -> TokenData:
+    from picogpt.data.tokens import open_data
+
+    return open_data(tokens_folder)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def picogpt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Run a command in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["picogpt", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Outcome(status, captured.out, captured.err)
+
+    return run
+
+
+@dataclass
+class Server:
+    """A real HTTP server on this machine, and what it should do."""
+
+    address: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    hang_up_after: list[int] = field(default_factory=list)
+    """For each of the next answers: close the connection after so many bytes of the body."""
+    ranges: bool = True
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+    """(path, Range header) of each request."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    state = Server("")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wanted = self.headers.get("Range")
+            state.requests.append((self.path, wanted))
+            body = state.files.get(self.path)
+            if body is None:
+                self.send_error(404)
+                return
+            start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and state.ranges else 0
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Type", "text/html" if self.path.endswith("/") else "application/octet-stream")
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            end = start + state.hang_up_after.pop(0) if state.hang_up_after else len(body)
+            self.wfile.write(body[start:end])
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        state.address = f"http://127.0.0.1:{running.server_port}"
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield state
+        running.shutdown()
+        thread.join()

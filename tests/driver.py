@@ -1,0 +1,60 @@
+"""Trains the small transformer in a process of its own, and kills itself where it is told to.
+
+Arguments: run folder, tokens folder, where to die (step:N, save:N, or never).
+"""
+
+import os
+import signal
+import sys
+
+from conftest import small_experiment
+
+from picogpt.data.tokens import open_data
+from picogpt.train.loop import Trainer
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: str, tokens: str, death: str) -> None:
+    trainer = Trainer(small_experiment(), open_data(tokens), folder)
+    place, _, number = death.partition(":")
+    if place == "step":
+        step = trainer._step
+
+        def deadly_step(index: int):
+            loss = step(index)
+            if index == int(number):
+                die()
+            return loss
+
+        trainer._step = deadly_step
+    elif place == "save":
+        replace, calls = os.replace, [0]
+
+        def deadly_replace(source: str, target: str) -> None:
+            # Between the write of a file and its rename.
+            if str(target).endswith("last.pt"):
+                calls[0] += 1
+                if calls[0] == int(number):
+                    die()
+            replace(source, target)
+
+        os.replace = deadly_replace
+    elif place == "linger":
+        step_slowly = trainer._step
+
+        def slow_step(index: int):
+            if index == int(number):
+                print("ready", flush=True)
+            if index >= int(number):
+                signal.sigtimedwait([], 0.05)
+            return step_slowly(index)
+
+        trainer._step = slow_step
+    trainer.run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,108 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from picogpt import config
+from picogpt.errors import PicogptError, UsageError
+
+GOOD = {"model": {"kind": "char-bigram"}, "train": {"steps": 5}}
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    def write(tree: object) -> Path:
+        path = tmp_path / "settings.yaml"
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config/models").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_settings_are_valid_and_named_after_their_model(path: Path):
+    experiment = config.load_experiment(path)
+    assert path.stem.startswith(experiment.model.kind.replace("-", "_"))
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+@pytest.mark.parametrize("kind", config.MODEL_KINDS)
+def test_every_model_has_settings_for_every_size(kind: str, size: str):
+    assert config.load_experiment(config.model_config_file(kind, size)).model.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"train": {"steps": 5, "learning_rat": 1}},
+            ["train.learning_rat", "did you mean learning_rate", "batch_size"],
+        ),
+        ({"model": {"kind": "char-bigram", "n_layer": 3}}, ["model.n_layer", "unknown key", "block_size"]),
+        ({"trian": {}}, ["trian", "did you mean train", "runtime"]),
+        ({"model": {"kind": "gpt-5"}}, ["model", "char-bigram", "char-transformer"]),
+        ({"train": {"steps": 0}}, ["train.steps=0", "greater than or equal to 1"]),
+        ({"train": {"steps": "many"}}, ["train.steps", "many", "integer"]),
+        ({"train": {"steps": 5, "epochs": 2}}, ["exactly one of epochs and steps"]),
+        ({"train": {}}, ["exactly one of epochs and steps"]),
+        ({"train": {"steps": 5, "batch_size": 12, "micro_batch_size": 5}}, ["5", "12", "1, 2, 3, 4, 6, 12"]),
+        ({"train": {"steps": 5, "optimizer": "sgd"}}, ["train.optimizer", "sgd", "adamw", "muon"]),
+        ({"runtime": {"device": "tpu"}}, ["runtime.device", "tpu"]),
+        ({"model": {"kind": "char-transformer", "n_embd": 100, "n_head": 3}}, ["n_embd=100", "n_head=6"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(file, change: dict, named: list[str]):
+    path = file({**GOOD, **change})
+    with pytest.raises(UsageError) as error:
+        config.load_experiment(path)
+    for part in [str(path), *named]:
+        assert part in str(error.value)
+
+
+def test_overrides_replace_values_and_keep_the_rest(file):
+    experiment = config.load_experiment(file(GOOD), ["train.seed=7", "train.betas=[0.8, 0.99]", "train.epochs=0.5"])
+    assert (experiment.train.seed, experiment.train.betas) == (7, (0.8, 0.99))
+    assert (experiment.train.epochs, experiment.train.steps) == (0.5, None)
+
+
+@pytest.mark.parametrize("override", ["train.seed", "=3", "train.seed.x=1", "train.seed=[", "train.sed=1"])
+def test_a_wrong_override_is_a_usage_error_that_quotes_it(file, override: str):
+    with pytest.raises(UsageError, match=re.escape(override)):
+        config.load_experiment(file(GOOD), [override])
+
+
+def test_files_that_are_no_settings(file, tmp_path: Path):
+    with pytest.raises(UsageError, match="is not YAML"):
+        config.load_experiment(file("model: [1"))
+    with pytest.raises(UsageError, match="mapping"):
+        config.load_experiment(file("- 1"))
+    with pytest.raises(PicogptError, match="No such file"):
+        config.load_experiment(tmp_path / "missing.yaml")
+
+
+def test_the_fingerprint_follows_what_changes_the_result_and_nothing_else(file):
+    def fingerprint(*overrides: str) -> str:
+        return config.load_experiment(file(GOOD), overrides).fingerprint(65, "0" * 64)
+
+    assert fingerprint() == fingerprint("runtime.device=cpu", "runtime.log_interval=3")
+    assert len({fingerprint(), fingerprint("train.seed=1"), fingerprint("model.block_size=8")}) == 3
+
+
+def test_schemas_on_disk_are_those_of_the_types_and_accept_the_shipped_files():
+    import jsonschema
+
+    schemas = {name: json.loads((ROOT / f"config/schemas/{name}.schema.json").read_text()) for name in config.SCHEMAS}
+    for name, schema in schemas.items():
+        assert schema == json.loads(config.json_schema(name))
+    jsonschema.validate(yaml.safe_load((ROOT / "config/config.yaml").read_text()), schemas["pipeline"])
+    for path in (ROOT / "config/models").glob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(path.read_text()), schemas["experiment"])
+
+
+def test_every_setting_has_a_description():
+    undocumented = [key for key, _, text in config.describe(config.TrainConfig) if not text]
+    undocumented += [key for key, _, text in config.describe(config.RuntimeConfig) if not text]
+    assert undocumented == []

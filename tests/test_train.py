@@ -1,0 +1,282 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_MODEL, SMALL_RUNTIME, small_experiment
+
+from picogpt import models, records
+from picogpt.config import Experiment
+from picogpt.data.tokens import TokenData, tokenize_chars
+from picogpt.errors import Interrupted, PicogptError
+from picogpt.hardware import Device
+from picogpt.models.bigram import closed_form_loss
+from picogpt.train import checkpoint, loop
+from picogpt.train.evaluate import evaluate
+from picogpt.train.loop import Trainer
+
+CPU = Device("test", "cpu", "float32")
+
+
+def train_in_a_process(folder: Path, tokens: Path, death: str) -> int:
+    """Exit status of tests/driver.py; negative: the signal that ended it."""
+    command = [sys.executable, Path(__file__).with_name("driver.py"), folder, tokens, death]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def learned(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Weights and metrics of a finished run, without the times."""
+    rows = records.read_lines(folder / "metrics.jsonl")
+    times = {"train_seconds", "eval_seconds", "tokens_per_second"}
+    kept = [{key: value for key, value in row.items() if key not in times} for row in rows]
+    return checkpoint.load_weights(folder / "best.pt").state, kept
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    (weights, metrics), (other_weights, other_metrics) = learned(one), learned(other)
+    assert metrics == other_metrics
+    assert weights.keys() == other_weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, other_weights[name]), name
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tokens: TokenData) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("straight")
+    Trainer(small_experiment(), tokens, folder).run()
+    return folder
+
+
+def test_a_run_killed_again_and_again_learns_the_same_bit_for_bit(straight: Path, tokens_folder: Path, tmp_path: Path):
+    # Before the first checkpoint (7), between two, right after one, between evaluation (10) and log (12), at the end.
+    for step in (3, 13, 21, 30, 39):
+        assert train_in_a_process(tmp_path, tokens_folder, f"step:{step}") == -signal.SIGKILL
+        assert not (tmp_path / "record.json").exists()
+    assert train_in_a_process(tmp_path, tokens_folder, "never") == 0
+    assert_same_run(straight, tmp_path)
+    assert records.read(tmp_path / "record.json")["results"]["sessions"] == 5
+
+
+@pytest.mark.parametrize("save", [1, 3])
+def test_a_save_killed_between_write_and_rename_leaves_the_one_before(straight, tokens_folder, tmp_path, save: int):
+    assert train_in_a_process(tmp_path, tokens_folder, f"save:{save}") == -signal.SIGKILL
+    last = tmp_path / "checkpoints/last.pt"
+    assert last.exists() == (save > 1)
+    if save > 1:
+        assert checkpoint.load_state(last)[0]["progress"]["step"] == 7 * (save - 1)
+    assert train_in_a_process(tmp_path, tokens_folder, "never") == 0
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_step(straight, tokens_folder, tmp_path, number: signal.Signals):
+    driver = Path(__file__).with_name("driver.py")
+    command = [sys.executable, driver, tmp_path, tokens_folder, "linger:9"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+    assert f"stopped by {number.name} at step" in errors
+    step = checkpoint.load_state(tmp_path / "checkpoints/last.pt")[0]["progress"]["step"]
+    assert 10 <= step < 40
+    assert train_in_a_process(tmp_path, tokens_folder, "never") == 0
+    assert_same_run(straight, tmp_path)
+
+
+def interrupted(folder: Path, tokens: TokenData, step: int) -> None:
+    """Leave a run in `folder` that a signal stopped after `step` steps."""
+    trainer = Trainer(small_experiment(), tokens, folder)
+    inner = trainer._step
+
+    def stop_then_step(index: int) -> torch.Tensor:
+        if index == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return inner(index)
+
+    trainer._step = stop_then_step
+    with pytest.raises(Interrupted) as stop:
+        trainer.run()
+    assert stop.value.exit_status == 128 + signal.SIGTERM
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before_it(straight: Path, tokens: TokenData, tmp_path: Path):
+    interrupted(tmp_path, tokens, 17)
+    last = tmp_path / "checkpoints/last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"last\.pt is torn.*going on from the checkpoint before it"):
+        Trainer(small_experiment(), tokens, tmp_path).run()
+    assert_same_run(straight, tmp_path)
+
+
+def test_accumulation_equals_one_batch(straight: Path, tokens: TokenData, tmp_path: Path):
+    def final_loss(**train: object) -> float:
+        experiment = small_experiment(**train)
+        no_dropout = experiment.model.model_copy(update={"dropout": 0.0})
+        trainer = Trainer(experiment.model_copy(update={"model": no_dropout}), tokens, tmp_path / str(len(train)))
+        return trainer.run()["results"]["val_loss_after"]
+
+    assert final_loss(steps=10) == pytest.approx(final_loss(steps=10, micro_batch_size=1), abs=2e-4)
+
+
+def test_clipping_bounds_the_gradient(tokens: TokenData, tmp_path: Path):
+    trainer = Trainer(small_experiment(grad_clip=1e-3), tokens, tmp_path)
+    norms = []
+    trainer.optimizer.step = lambda step: norms.append(
+        math.sqrt(sum(p.grad.square().sum().item() for p in trainer.model.parameters() if p.grad is not None))
+    )
+    trainer._step(0)
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_evaluation_does_not_depend_on_the_batch_size(straight: Path, tokens: TokenData, batch_size: int):
+    model = checkpoint.load_weights(straight / "best.pt").model()
+    expected = evaluate(model, tokens.val.ids, CPU)
+    assert evaluate(model, tokens.val.ids, CPU, batch_size) == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_is_the_mean_over_every_target(tokens: TokenData):
+    model = models.build(small_experiment().model, tokens.vocab_size, 1)
+    model.head.weight.data.normal_()
+    ids = tokens.val.ids[:100]
+    losses = []
+    for first in range(0, 99, 16):
+        window = torch.from_numpy(np.array(ids[first : first + 17])).long()
+        logits = model.eval()(window[None, :-1])[0]
+        losses += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
+    assert len(losses) == 99
+    assert evaluate(model, ids, CPU) == pytest.approx(sum(losses) / 99, abs=1e-6)
+
+
+def test_the_best_weights_are_kept_not_the_last(tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    losses = iter([5.0, 3.0, 2.0, 4.0, 6.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: next(losses))
+    results = Trainer(small_experiment(), tokens, tmp_path).run()["results"]
+    assert (results["best_val_loss"], results["best_step"], results["val_loss_after"]) == (2.0, 20, 6.0)
+    assert checkpoint.load_weights(tmp_path / "best.pt").step == 20
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(tokens, tmp_path):
+    trainer = Trainer(small_experiment(), tokens, tmp_path)
+    forward, calls, before = trainer.forward, [], {}
+
+    def poisoned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 10:
+            before.update({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+            return forward(x, y) * float("nan")
+        return forward(x, y)
+
+    trainer.forward = poisoned
+    with pytest.raises(PicogptError, match=r"loss is nan at step 10;.*checkpoints"):
+        trainer.run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert checkpoint.load_state(tmp_path / "checkpoints/last.pt")[0]["progress"]["step"] == 7
+
+
+def test_a_folder_with_a_run_of_other_settings_is_refused_and_kept(tokens: TokenData, tmp_path: Path):
+    interrupted(tmp_path, tokens, 10)
+    with pytest.raises(PicogptError, match="holds a run of other settings or data"):
+        Trainer(small_experiment(seed=5), tokens, tmp_path).run()
+    assert (tmp_path / "checkpoints/last.pt").exists()
+    results = Trainer(small_experiment(seed=5, steps=12), tokens, tmp_path).run(replace=True)["results"]
+    assert (results["steps"], results["sessions"]) == (12, 1)
+    with pytest.raises(PicogptError, match="holds a run of other settings or data"):
+        Trainer(small_experiment(), tokens, tmp_path).run()
+    assert (tmp_path / "best.pt").exists()
+
+
+def test_a_finished_run_is_not_repeated(straight: Path, tokens: TokenData):
+    before = (straight / "record.json").read_bytes()
+    record = Trainer(small_experiment(), tokens, straight).run()
+    assert json.loads(before) == record
+    assert (straight / "record.json").read_bytes() == before
+    assert not (straight / "checkpoints").exists()
+
+
+def test_the_record_says_where_its_numbers_come_from(straight: Path, tokens: TokenData):
+    record = records.read(straight / "record.json")
+    assert record["corpus"] == tokens.corpus()
+    assert record["config"]["train"]["seed"] == 1337
+    assert record["device"]["kind"] == "cpu"
+    assert record["software"]["torch"] == torch.__version__
+    assert record["results"]["best_val_loss"] <= record["results"]["val_loss_before"]
+    record["results"] = None
+    del record["commit"]
+    path = straight.parent / "edited.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(PicogptError, match="not a complete result record: commit missing"):
+        records.read(path)
+
+
+def test_the_bigram_comes_near_its_closed_form(tmp_path: Path, corpus: Path):
+    data = tokenize_chars(corpus, tmp_path / "tokens")
+    tree = {
+        "model": {"kind": "char-bigram", "block_size": 16},
+        "train": {
+            "epochs": 20,
+            "batch_size": 8,
+            "learning_rate": 0.1,
+            "eps": 1e-12,
+            "eval_interval": 100,
+            "eval_train": True,
+        },
+        "runtime": SMALL_RUNTIME,
+    }
+    results = Trainer(Experiment.model_validate(tree), data, tmp_path / "run").run()["results"]
+    floor = closed_form_loss(torch.from_numpy(np.array(data.train.ids)), data.vocab_size)
+    assert results["closed_form_train_loss"] == floor
+    assert 0 < results["train_loss_after"] - floor < 0.01
+
+
+def test_without_a_working_compiler_training_goes_on_with_one_warning(tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent/c++",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    tree = {
+        "model": {**SMALL_MODEL, "n_layer": 1},
+        "train": {"steps": 3, "batch_size": 2},
+        "runtime": {**SMALL_RUNTIME, "compile": "auto"},
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        record = Trainer(Experiment.model_validate(tree), tokens, tmp_path).run()
+    assert record["compiled"] is False
+    assert sum("torch.compile does not work here" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.slow
+def test_compiled_training_learns_the_same_and_saves_plain_names(tokens: TokenData, tmp_path: Path):
+    def train(mode: str) -> tuple[float, set[str]]:
+        tree = {
+            "model": {**SMALL_MODEL, "n_layer": 1, "dropout": 0.0},
+            "train": {"steps": 10, "batch_size": 2, "optimizer": "muon"},
+            "runtime": {**SMALL_RUNTIME, "compile": mode},
+        }
+        record = Trainer(Experiment.model_validate(tree), tokens, tmp_path / mode).run()
+        assert record["compiled"] == (mode == "on")
+        return record["results"]["val_loss_after"], set(checkpoint.load_weights(tmp_path / mode / "best.pt").state)
+
+    (eager, names), (compiled, compiled_names) = train("off"), train("on")
+    assert compiled == pytest.approx(eager, abs=1e-3)
+    assert names == compiled_names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_a_gpu_trains_and_resumes(tokens: TokenData, tmp_path: Path):
+    experiment = small_experiment()
+    experiment = experiment.model_copy(
+        update={"runtime": experiment.runtime.model_copy(update={"device": "cuda", "compile": "auto"})}
+    )
+    record = Trainer(experiment, tokens, tmp_path).run()
+    assert record["device"]["kind"] == "cuda"
+    assert record["results"]["best_val_loss"] < record["results"]["val_loss_before"]
