@@ -24,6 +24,10 @@ from picogpt.models.language_model import LanguageModel
 
 FORMAT = "picogpt-checkpoint"
 VERSION = 1
+KEYS = {
+    "weights": {"experiment", "vocab_size", "corpus", "step", "val_loss", "model"},
+    "state": {"fingerprint", "progress", "model", "optimizer"},
+}
 
 
 @dataclass(frozen=True)
@@ -148,15 +152,21 @@ def _save(path: Path, tree: dict[str, Any]) -> None:
 
 def _load(path: Path, content: str) -> dict[str, Any]:
     try:
+        with open(path, "rb") as file:
+            whole = zipfile.is_zipfile(file)  # the directory of a zip file is at its end: a torn one has none
+    except OSError as error:
+        raise PicogptError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    if not whole:
+        raise PicogptError(f"{path} is torn, or no checkpoint")
+    try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise PicogptError(
-            f"{path} holds more than tensors and plain values, which could be code; it is refused and nothing of it was run"
+            f"{path} is damaged, or holds more than tensors and plain values, which could be code:"
+            " it is refused, and nothing of it was run"
         ) from error
-    except OSError as error:
-        raise PicogptError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise PicogptError(f"{path} is torn or no checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch names no type for what a damaged archive may raise
+        raise PicogptError(f"{path} is damaged, or no checkpoint: {error}") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise PicogptError(f"{path} is no checkpoint of picogpt")
     if tree["version"] != VERSION:
@@ -164,6 +174,9 @@ def _load(path: Path, content: str) -> dict[str, Any]:
     if tree["content"] != content:
         names = {"weights": "weights only (best.pt)", "state": "the state of a training (last.pt)"}
         raise PicogptError(f"{path} holds {names[tree['content']]}; {names[content]} is needed here")
+    missing = KEYS[content] - tree.keys()
+    if missing:
+        raise PicogptError(f"{path} is incomplete: {', '.join(sorted(missing))} missing")
     return tree
 
 

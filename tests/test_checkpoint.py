@@ -1,0 +1,132 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_experiment
+
+from picogpt import models
+from picogpt.errors import PicogptError
+from picogpt.train.checkpoint import load_state, load_weights, save_state, save_weights
+
+
+@pytest.fixture
+def best(tmp_path: Path) -> Path:
+    experiment = small_experiment()
+    model = models.build(experiment.model, 20, 1)
+    save_weights(tmp_path / "best.pt", model, experiment, 20, {"tokenizer_sha256": "0"}, 30, 1.5)
+    return tmp_path / "best.pt"
+
+
+def test_weights_come_back_as_they_were(best: Path):
+    weights = load_weights(best, "char-transformer")
+    fresh = models.build(small_experiment().model, 20, 1)
+    assert (weights.step, weights.val_loss, weights.vocab_size) == (30, 1.5, 20)
+    assert weights.experiment == small_experiment()
+    for name, tensor in weights.model().state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name])
+
+
+def test_untrained_means_the_weights_of_the_seed(best: Path):
+    tree = torch.load(best, weights_only=True)
+    tree["model"]["head.weight"].fill_(7)
+    tree["experiment"]["train"]["seed"] = 1
+    torch.save(tree, best)
+    weights = load_weights(best)
+    assert weights.model().head.weight.max() == 7
+    assert weights.model(untrained=True).head.weight.max() == 0
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    torch.save({"model": Attack()}, tmp_path / "zip.pt")
+    with pytest.raises(PicogptError, match=r"zip\.pt .*could be code: it is refused"):
+        load_weights(tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(PicogptError, match=r"plain\.pt is torn, or no checkpoint"):
+        load_weights(tmp_path / "plain.pt")
+    assert not (tmp_path / "run").exists()
+
+
+def change(best: Path, edit) -> None:
+    tree = torch.load(best, weights_only=True)
+    edit(tree)
+    torch.save(tree, best)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "torn, or no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "torn, or no checkpoint"),
+        (lambda path: path.write_bytes(b""), "torn, or no checkpoint"),
+        (lambda path: path.write_text("not weights"), "best.pt"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200] + b"\0" * 600 + path.read_bytes()[800:]), "damaged"),
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: torch.save({"model": {}}, path), "no checkpoint of picogpt"),
+        (lambda path: torch.save([1], path), "no checkpoint of picogpt"),
+        (lambda path: change(path, lambda tree: tree.update(version=9)), "has version 9; this picogpt reads version 1"),
+        (lambda path: change(path, lambda tree: tree["experiment"]["model"].update(n_head=5)), "n_head"),
+        (lambda path: change(path, lambda tree: tree.pop("vocab_size")), "vocab_size"),
+    ],
+    ids=["cut", "stump", "empty", "text", "damaged", "missing", "foreign", "list", "version", "settings", "incomplete"],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(best: Path, damage, message: str):
+    damage(best)
+    with pytest.raises(PicogptError, match=message) as error:
+        load_weights(best)
+    assert str(best) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda state: state.pop("head.weight"), "head.weight is missing"),
+        (lambda state: state.update(extra=torch.zeros(1)), "extra is unknown"),
+        (
+            lambda state: state.update({"head.weight": torch.zeros(3, 3)}),
+            r"head.weight has shape \(3, 3\), not \(20, 16\)",
+        ),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_tensors_that_do_not_fit_are_named(best: Path, edit, message: str):
+    change(best, lambda tree: edit(tree["model"]))
+    with pytest.raises(PicogptError, match=message):
+        load_weights(best).model()
+
+
+def test_another_model_is_named(best: Path):
+    with pytest.raises(PicogptError, match="holds a char-transformer, not a char-bigram"):
+        load_weights(best, "char-bigram")
+
+
+def state_of(step: int) -> dict:
+    return {"fingerprint": "", "progress": {"step": step}, "model": {}, "optimizer": []}
+
+
+def test_each_kind_of_checkpoint_is_refused_in_place_of_the_other(best: Path, tmp_path: Path):
+    save_state(tmp_path / "last.pt", state_of(0))
+    with pytest.raises(
+        PicogptError, match=r"holds the state of a training \(last.pt\); weights only \(best.pt\) is needed"
+    ):
+        load_weights(tmp_path / "last.pt")
+    with pytest.raises(PicogptError, match=r"holds weights only \(best.pt\)"):
+        load_state(best)
+
+
+def test_the_state_before_the_last_is_kept(tmp_path: Path):
+    for step in range(3):
+        save_state(tmp_path / "last.pt", state_of(step))
+    assert load_state(tmp_path / "last.pt")[0]["progress"] == {"step": 2}
+    (tmp_path / "last.pt").write_bytes(b"torn")
+    state, warning = load_state(tmp_path / "last.pt")
+    assert state["progress"] == {"step": 1}
+    assert "last.pt" in warning
+    (tmp_path / "last.previous.pt").write_bytes(b"torn too")
+    with pytest.raises(PicogptError, match=r"last\.previous\.pt"):
+        load_state(tmp_path / "last.pt")

@@ -1,0 +1,106 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from picogpt import cli, config
+from picogpt.data.assets import MIRROR_VARIABLE
+
+
+def test_help_is_there_without_torch():
+    script = (
+        "import sys; from picogpt import cli; cli.cli(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "picogpt train char-transformer" in run.stdout
+    assert run.stdout.endswith("False\n")
+
+
+def test_the_module_runs_as_the_command():
+    run = subprocess.run([sys.executable, "-m", "picogpt", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("picogpt, version")
+
+
+def test_the_kinds_on_the_command_line_are_those_of_the_settings():
+    assert cli.KINDS == config.MODEL_KINDS
+
+
+def test_the_help_of_train_lists_every_setting(picogpt):
+    shown = picogpt("train", "--help").out
+    for cls, prefix in ((config.TrainConfig, "train"), (config.RuntimeConfig, "runtime")):
+        for key, _, _ in config.describe(cls, f"{prefix}."):
+            assert key in shown
+
+
+def test_a_first_model_by_hand(picogpt, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert picogpt("tokenize", "char", "--text", corpus).out.startswith("words: ")
+    trained = picogpt("train", "char-bigram", "--run", "a", "--steps", 20, "--seed", 3, "--set", "model.block_size=16")
+    assert trained.status == 0
+    assert "before training: val loss" in trained.err
+    assert "weights/char_bigram/a/best.pt: validation loss" in trained.out
+    record = json.loads((tmp_path / "weights/char_bigram/a/record.json").read_text())
+    assert (record["config"]["train"]["seed"], record["config"]["train"]["steps"]) == (3, 20)
+    assert picogpt("sample", "char-bigram", "-n", 10).status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["train", "char-bigram"], 2, "picogpt tokenize char makes one"),
+        (["train", "gpt-17"], 2, "'char-bigram', 'char-transformer'"),
+        (["train", "char-bigram", "--set", "train.sed=1"], 2, "did you mean seed?"),
+        (["train", "char-bigram", "--config", "missing.yaml"], 1, "missing.yaml"),
+        (["train", "char-bigram", "--data", "nowhere"], 1, "nowhere/train.bin"),
+        (["train", "char-bigram", "--steps", "0"], 2, "train.steps=0"),
+        (["train", "char-bigram", "--device", "cuda:77", "--data", "t"], 2, "cuda:77"),
+        (["sample", "char-bigram"], 2, "picogpt train char-bigram makes one"),
+        (["tokenize", "char"], 2, "picogpt fetch tinyshakespeare"),
+        (["tokenize", "char", "--text", "missing.txt"], 1, "missing.txt"),
+        (["tokenize", "char", "--text", "empty.txt"], 1, "empty.txt is empty"),
+        (["fetch", "tinyshakespear"], 2, "tinyshakespeare, gutenberg-shakespeare"),
+        (["fetch", "tinyshakespeare", "gutenberg-shakespeare", "--out", "x"], 2, "--out takes one file"),
+        (["report", "summary", "missing.json", "--out", "s.csv"], 1, "missing.json"),
+        (["report", "loss-curve", "--run-folder", "nowhere", "--out", "a.png"], 1, "nowhere/record.json"),
+        (["frobnicate"], 2, "No such command"),
+        (["schema", "nowhere", "--check"], 1, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_message_and_a_status(picogpt, corpus, tmp_path, arguments: list, status: int, message: str):
+    (tmp_path / "empty.txt").touch()
+    from picogpt.data.tokens import tokenize_chars
+
+    tokenize_chars(corpus, tmp_path / "t")
+    run = picogpt(*arguments)
+    assert (run.status, run.out) == (status, "")
+    assert message in run.err
+
+
+def test_fetch_lists_takes_from_the_mirror_and_needs_it_once(picogpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    listed = picogpt("fetch").out
+    assert "tinyshakespeare" in listed
+    assert "not here" in listed
+    monkeypatch.setenv(MIRROR_VARIABLE, str(tmp_path / "mirror"))
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/tinyshakespeare.txt").write_text("To be")
+    run = picogpt("fetch", "tinyshakespeare")
+    assert run.status == 1
+    assert "serves another file" in run.err
+
+
+@pytest.mark.skipif(
+    MIRROR_VARIABLE not in os.environ, reason=f"{MIRROR_VARIABLE} is not set: the real corpus is not here"
+)
+def test_the_real_corpus_makes_the_known_split(picogpt, tmp_path: Path):
+    assert picogpt("fetch", "tinyshakespeare", "--out", "copy.txt").status == 0
+    run = picogpt("tokenize", "char")
+    assert "tinyshakespeare: 65 characters, 1,003,854 for training, 111,540 for validation" in run.out
+    assert (tmp_path / "copy.txt").read_bytes() == (tmp_path / "resources/tinyshakespeare.txt").read_bytes()
+
+
+def test_a_closed_pipe_is_no_error(corpus: Path, tmp_path: Path):
+    command = f"{sys.executable} -m picogpt train --help | head -1"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,198 @@
+"""The workflow as a user runs it: real Snakemake, real steps, a small configuration in an empty folder."""
+
+import csv
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from picogpt import records
+
+SNAKEMAKE = shutil.which("snakemake", path=str(Path(sys.executable).parent)) or shutil.which("snakemake")
+pytestmark = pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow]'")
+
+SMALL = {
+    "char_bigram": {"set": ["model.block_size=16", "train.epochs=2"], "sample_characters": 20, "untrained_characters": 20},
+    "char_transformer": {
+        "set": [
+            "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16",
+            "train.steps=30", "train.eval_interval=10", "runtime.checkpoint_interval=5", "runtime.log_interval=5",
+        ],
+        "sample_characters": 100,
+        "untrained_characters": 30,
+    },
+}  # fmt: skip
+ARTIFACTS = (
+    "media/char_bigram_loss.png",
+    "media/char_transformer_loss.png",
+    "media/char_transformer_sample.txt",
+    "results/summary.csv",
+    "results/report.md",
+)
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    """Snakemake on the workflow of this source tree, working in `folder`."""
+    return [
+        str(SNAKEMAKE),
+        "--snakefile", str(ROOT / "workflow/Snakefile"),
+        "--workflow-profile", str(ROOT / "workflow/profiles/default"),
+        "--directory", str(folder),
+        "--configfile", str(folder / "small.yaml"),
+        *arguments,
+    ]  # fmt: skip
+
+
+def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, check=False, timeout=300)
+
+
+def configure(folder: Path, **change: object) -> None:
+    (folder / "small.yaml").write_text(yaml.safe_dump({**SMALL, "size": "cpu", **change}))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A folder where the pipeline has run on the user's own text."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    configure(folder, corpus=str(corpus))
+    run = snakemake(folder)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def jobs(run: subprocess.CompletedProcess[str]) -> set[str]:
+    """Names of the rules that a dry run would run."""
+    lines = (run.stdout + run.stderr).split("Job stats:")[-1].splitlines()
+    return {line.split()[0] for line in lines if len(line.split()) == 2 and line.split()[1].isdigit()} - {
+        "total",
+        "all",
+    }
+
+
+def test_bare_snakemake_lists_every_job_in_a_fresh_clone(tmp_path: Path):
+    clone = tmp_path / "clone"
+    for part in ("config", "workflow"):
+        shutil.copytree(ROOT / part, clone / part)
+    run = subprocess.run([str(SNAKEMAKE), "-n"], cwd=clone, capture_output=True, text=True, check=True)
+    expected = {"fetch_corpus", "tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page"}
+    assert jobs(run) == expected
+    assert "workflow/profiles/default" in run.stderr
+
+
+def test_every_artifact_is_made(finished: Path):
+    for artifact in ARTIFACTS:
+        assert (finished / artifact).stat().st_size > 0
+    assert len((finished / "media/char_transformer_sample.txt").read_text()) == 100
+    with open(finished / "results/summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["section"] for row in rows} == {"char bigram", "char transformer"}
+    assert {row["status"] for row in rows if row["measured"]} == {"not comparable"}
+    assert "Corpus: **words**" in (finished / "results/report.md").read_text()
+    logs = {path.stem for path in (finished / "logs").glob("*.log")}
+    assert {"tokenize_char", "train_char_bigram", "summary", "page"} <= logs
+
+
+def test_a_second_run_does_nothing(finished: Path):
+    run = snakemake(finished)
+    assert run.returncode == 0
+    assert "Nothing to be done" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"char_transformer": {"sample_characters": 50}}, {"sample", "sample_artifact", "page"}),
+        ({"char_bigram": {"set": ["model.block_size=16", "train.epochs=1"]}}, {"train", "sample", "loss_curve", "summary", "page"}),
+        ({"drop_unseen": True}, {"tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page"}),
+        ({}, set()),
+    ],
+    ids=["sample length", "training", "tokens", "nothing"],
+)  # fmt: skip
+def test_a_changed_value_runs_what_depends_on_it(finished: Path, corpus: Path, change: dict, expected: set[str]):
+    configure(finished, corpus=str(corpus))
+    tree = yaml.safe_load((finished / "small.yaml").read_text())
+    for key, value in change.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+    (finished / "small.yaml").write_text(yaml.safe_dump(tree))
+    assert jobs(snakemake(finished, "-n")) == expected
+    configure(finished, corpus=str(corpus))
+
+
+def test_a_pipeline_killed_in_the_middle_goes_on_to_the_same_results(finished: Path, corpus: Path, tmp_path: Path):
+    configure(tmp_path, corpus=str(corpus))
+    run = tmp_path / "weights/char_transformer/pipeline"
+    process = subprocess.Popen(
+        command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints/last.pt").exists():
+        assert process.poll() is None, "the pipeline ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "record.json").exists()
+
+    again = snakemake(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert records.read(run / "record.json")["results"]["sessions"] == 2
+    for artifact in ("media/char_transformer_sample.txt", "results/summary.csv"):
+        assert (tmp_path / artifact).read_text() == (finished / artifact).read_text()
+
+
+def test_a_failing_step_fails_the_pipeline_and_shows_its_message(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("ab" * 95 + "zabababa")
+    configure(tmp_path, corpus="text.txt")
+    run = snakemake(tmp_path)
+    assert run.returncode == 1
+    assert "'z' (1 times)" in run.stderr
+
+    (tmp_path / "text.txt").write_text("abc\n" * 30)
+    run = snakemake(tmp_path, "weights/char_transformer/pipeline/best.pt", "--config", "corpus=text.txt")
+    assert run.returncode == 0, run.stderr
+    (tmp_path / "text.txt").write_text("abc\n" * 5)
+    run = snakemake(tmp_path, "weights/char_transformer/pipeline/best.pt")
+    assert run.returncode == 1
+    assert "block_size=16 needs at least 32" in run.stderr
+
+
+def test_a_wrong_key_is_named(finished: Path):
+    run = snakemake(finished, "-n", "--config", "corpuss=x")
+    assert run.returncode == 1
+    assert "'corpuss' was unexpected" in run.stderr
+
+
+def test_one_pipeline_at_a_time(tmp_path: Path, corpus: Path):
+    configure(tmp_path, corpus=str(corpus))
+    (tmp_path / ".snakemake").mkdir()
+    with open(tmp_path / ".snakemake/pipeline.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run = snakemake(tmp_path)
+    assert run.returncode == 1
+    assert "another pipeline is running in this folder" in run.stderr
+    assert not (tmp_path / "weights").exists()
+
+
+def test_without_any_source_the_error_says_what_to_do(tmp_path: Path):
+    configure(tmp_path, corpus=["tinyshakespeare"])
+    # A proxy that is not there cuts the network off.
+    cut_off = {
+        **os.environ,
+        "PICOGPT_MIRROR": str(tmp_path),
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+    }
+    run = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, env=cut_off, timeout=120)
+    assert run.returncode == 1
+    assert "cannot get tinyshakespeare.txt" in run.stderr
+    assert "PICOGPT_MIRROR" in run.stderr
+    assert not (tmp_path / "resources/corpus.txt").exists()
