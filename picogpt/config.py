@@ -89,7 +89,10 @@ class TrainConfig(Settings):
     final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="of the peak, at the last step")
     grad_clip: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0: no clipping")
     eval_interval: int = Field(100, ge=1, description="steps between evaluations on the whole validation text")
-    eval_train: bool = Field(False, description="also evaluate the whole training text, before and after")
+    eval_train: Literal["none", "part", "whole"] = Field(
+        "none",
+        description="also evaluate the training text, before and after; part: as much as the validation text has",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -30,8 +30,9 @@ class Training:
     """A bar of steps with loss, tokens/s and time left; on a file or a pipe a line every few seconds."""
 
     def __init__(self, name: str, total_steps: int, start_step: int):
-        self.name, self.total, self.start = name, total_steps, start_step
-        self._began = self._last_line = time.monotonic()
+        self.name, self.total = name, total_steps
+        self._first: tuple[int, float] | None = None  # step and time of the first update: rates count from there
+        self._last_line = -LINE_INTERVAL_S
         self._bar: Any = None
         if sys.stderr.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,11 +57,15 @@ class Training:
             note += f"  val {val_loss:.4f}"
         if self._bar:
             self._bar.update(self._task, completed=step, note=note)
-        elif time.monotonic() - self._last_line > LINE_INTERVAL_S or step == self.total:
-            self._last_line = time.monotonic()
-            rate = (step - self.start) / max(self._last_line - self._began, 1e-9)
-            left = (self.total - step) / max(rate, 1e-9)
-            print(f"{self.name}: step {step}/{self.total}  {note}  {_clock(left)} left", file=sys.stderr, flush=True)
+            return
+        now = time.monotonic()
+        first_step, first_time = self._first = self._first or (step, now)
+        if now - self._last_line < LINE_INTERVAL_S and step < self.total:
+            return
+        self._last_line = now
+        if step > first_step:
+            note += f"  {_clock((self.total - step) * (now - first_time) / (step - first_step))} left"
+        print(f"{self.name}: step {step}/{self.total}  {note}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,58 @@ def test_a_closed_pipe_is_no_error(corpus: Path, tmp_path: Path):
     command = f"{sys.executable} -m picogpt train --help | head -1"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "Traceback" not in run.stderr
+
+
+def train_command(*arguments: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "picogpt",
+        "train",
+        "char-bigram",
+        "--run",
+        "a",
+        "--set=model.block_size=16",
+        *arguments,
+    ]
+
+
+def test_a_full_disk_ends_a_training_with_a_message_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path):
+    subprocess.run([sys.executable, "-m", "picogpt", "tokenize", "char", "--text", corpus], cwd=tmp_path, check=True)
+    # No file may grow beyond 4 KiB: the first checkpoint does not fit.
+    command = [
+        "bash",
+        "-c",
+        'ulimit -f 4; exec "$@"',
+        "bash",
+        *train_command("--steps", "20", "--set=runtime.checkpoint_interval=5"),
+    ]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "cannot write weights/char_bigram/a/checkpoints/" in run.stderr
+    assert "Traceback" not in run.stderr
+    left = {path.name for path in (tmp_path / "weights/char_bigram/a/checkpoints").iterdir()}
+    assert left <= {"metrics.jsonl"}
+
+
+def test_a_second_training_in_the_same_folder_is_refused(corpus: Path, tmp_path: Path):
+    from picogpt.files import locked
+
+    subprocess.run([sys.executable, "-m", "picogpt", "tokenize", "char", "--text", corpus], cwd=tmp_path, check=True)
+    with locked(tmp_path / "weights/char_bigram/a", "training"):
+        run = subprocess.run(train_command("--steps", "5"), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "another process is training in weights/char_bigram/a" in run.stderr
+
+
+def test_ctrl_c_ends_with_its_status_and_says_how_to_go_on(corpus: Path, tmp_path: Path):
+    subprocess.run([sys.executable, "-m", "picogpt", "tokenize", "char", "--text", corpus], cwd=tmp_path, check=True)
+    command = train_command("--steps", "1000000", "--set=runtime.log_interval=1")
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert "before training" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped by SIGINT at step" in errors
+    assert "--run a goes on from there" in errors
+    assert "Traceback" not in errors

@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokens: TokenData) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     bigram = {
         "model": {"kind": "char-bigram", "block_size": 16},
-        "train": {"steps": 30, "learning_rate": 0.1, "eval_interval": 10, "eval_train": True},
+        "train": {"steps": 30, "learning_rate": 0.1, "eval_interval": 10, "eval_train": "whole"},
     }
     Trainer(Experiment.model_validate(bigram), tokens, folder / "char_bigram").run()
     Trainer(small_experiment(), tokens, folder / "char_transformer").run()

@@ -99,7 +99,7 @@ def trained(picogpt, corpus: Path) -> None:
     """A tokenizer and a short run of each model in the current folder."""
     assert picogpt("tokenize", "char", "--text", corpus, "--run", "t").status == 0
     small = [f"--set=model.{key}" for key in ("n_layer=1", "n_embd=16", "n_head=2", "block_size=16")]
-    run = ["--run", "r", "--steps", 3, "--set=train.eval_train=false"]
+    run = ["--run", "r", "--steps", 3, "--set=train.eval_train=none"]
     assert picogpt("train", "char-transformer", *run, *small, "--size", "cpu").status == 0
     assert picogpt("train", "char-bigram", *run, "--set=model.block_size=16").status == 0
 

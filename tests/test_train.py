@@ -226,7 +226,7 @@ def test_the_bigram_comes_near_its_closed_form(tmp_path: Path, corpus: Path):
             "learning_rate": 0.1,
             "eps": 1e-12,
             "eval_interval": 100,
-            "eval_train": True,
+            "eval_train": "whole",
         },
         "runtime": SMALL_RUNTIME,
     }

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from picogpt import records
 from picogpt.files import atomic_write
 from picogpt.report.published import CORPUS, published
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 # Okabe and Ito's palette, told apart by colour-blind readers; and grey for what is not ours.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
+EVALUATED = {"part": "as much text", "whole": "whole text"}
 STYLE: Any = {
     "figure.facecolor": "white",
     "font.size": 11,
@@ -31,7 +29,7 @@ STYLE: Any = {
 def draw_loss_curve(run_folder: Path, out: Path) -> None:
     """Training and validation loss of a run by epoch; published values, the best step and known limits marked.
 
-    Two panels: the whole run, and its lower part magnified.
+    Two panels: the whole run, and its lower part magnified. Epochs are marked by dotted lines.
     """
     import matplotlib
 
@@ -41,30 +39,43 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
     record = records.read(run_folder / "record.json")
     rows = records.read_lines(run_folder / "metrics.jsonl")
     results = record["results"]
-    train = [(row["epoch"], row["train_loss"]) for row in rows if "train_loss" in row]
+    train = _smooth([(row["epoch"], row["train_loss"]) for row in rows if "train_loss" in row])
     val = [(row["epoch"], row["val_loss"]) for row in rows if "val_loss" in row]
-    references = _references(record)
+    exact_train = [(row["epoch"], row["train_loss_exact"]) for row in rows if "train_loss_exact" in row]
+    lines = _references(record)
     with plt.rc_context(STYLE):
-        figure, (whole, lower) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1, 1.35))
+        figure, (whole, lower) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1, 1.5))
         for axes in (whole, lower):
-            axes.plot(*zip(*train, strict=True), color=BLUE, linewidth=0.9, alpha=0.55, label="training batches")
-            axes.plot(*zip(*val, strict=True), color=VERMILION, linewidth=2, label="validation, whole split")
-            for epoch in range(1, int(results["epochs"]) + 1):
+            for epoch in range(1, int(results["epochs"] + 0.01) + 1):
                 axes.axvline(epoch, color="#bdbdbd", linewidth=0.8, linestyle=(0, (1, 2)))
+            for value, label, colour, dashes in lines:
+                axes.axhline(value, color=colour, linewidth=1.3, linestyle=(0, dashes), label=label)
+            axes.plot(*zip(*train, strict=True), color=BLUE, linewidth=1.2, label="training batches, smoothed")
+            axes.plot(*zip(*val, strict=True), color=VERMILION, linewidth=2, label="validation, whole text")
             axes.plot(
                 results["best_epoch"], results["best_val_loss"], marker="o", markersize=8, color=VERMILION,
                 markeredgecolor="white", linestyle="none", label=f"best: {results['best_val_loss']:.4f}", zorder=5,
             )  # fmt: skip
+            if exact_train:
+                axes.plot(
+                    *zip(*exact_train, strict=True), marker="D", markersize=7, color=BLUE, markeredgecolor="white",
+                    linestyle="none", label=f"training, {EVALUATED[record['config']['train']['eval_train']]}: {exact_train[-1][1]:.4f}", zorder=4,
+                )  # fmt: skip
             axes.set_xlabel("epoch")
             axes.set_xlim(0, results["epochs"] * 1.02)
-        _frame_lower(lower, val, results, references)
-        whole.set_ylabel("cross-entropy, nats per character")
+        lower.set_ylim(_magnified(train, val, [value for value, *_ in lines], results["epochs"]))
+        whole.set_ylabel("loss, nats per character")
         whole.set_title("whole run", loc="left", fontsize=11)
         lower.set_title("magnified", loc="left", fontsize=11)
-        lower.legend(loc="upper right")
+        handles, labels = lower.get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda index: index < len(lines))  # ours first
+        figure.legend(
+            [handles[index] for index in order], [labels[index] for index in order],
+            loc="lower left", bbox_to_anchor=(0.005, 0.055), ncols=3, fontsize=9.5,
+        )  # fmt: skip
         figure.suptitle(_title(record), x=0.012, ha="left", fontweight="bold")
-        figure.text(0.012, 0.008, _caption(record), fontsize=8, color=GREY)
-        figure.tight_layout(rect=(0, 0.03, 1, 1))
+        figure.text(0.012, 0.018, _caption(record), fontsize=8, color=GREY)
+        figure.tight_layout(rect=(0, 0.17, 1, 1))
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=144)
         plt.close(figure)
@@ -72,43 +83,41 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         file.write(picture.getvalue())
 
 
-def _references(record: dict[str, Any]) -> list[tuple[float, str, str]]:
-    """(value, label, colour) of the horizontal lines: published losses, and the floor of a bigram."""
-    lines = []
-    results = record["results"]
-    if "closed_form_train_loss" in results:
-        floor = results["closed_form_train_loss"]
-        lines.append((floor, f"best any bigram can do in training: {floor:.4f}", GREEN))
-    names = {
-        "best_val_loss": "published best",
-        "val_loss_after": "published validation",
-        "train_loss_after": "published training",
-    }
+def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means over about a fortieth of the run, so that the trend is seen and not the noise of single batches."""
+    width = max(1, len(points) // 40)
+    groups = [points[first : first + width] for first in range(0, len(points), width)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int, ...]]]:
+    """(value, label, colour, dashes) of the horizontal lines: published losses, and the floor of a bigram."""
+    lines: list[tuple[float, str, str, tuple[int, ...]]] = []
+    floor = record["results"].get("closed_form_train_loss")
+    if floor is not None:
+        lines.append((floor, f"floor of training, pair counts: {floor:.4f}", GREEN, (2, 1)))
     values = published(record["kind"])
-    where = "" if record["corpus"]["name"] == CORPUS else f" (on {CORPUS})"
-    lines += [(values[key], f"{name}{where}: {values[key]:.4f}", GREY) for key, name in names.items() if key in values]
+    where = "" if record["corpus"]["name"] == CORPUS else f" ({CORPUS})"
+    names = {
+        "train_loss_after": ("published, training", (8, 3)),
+        "val_loss_after": ("published, last validation", (5, 3)),
+        "best_val_loss": ("published, best validation", (3, 2)),
+    }
+    for key, (name, dashes) in names.items():
+        if key in values:
+            lines.append((values[key], f"{name}{where}: {values[key]:.4f}", GREY, dashes))
     return lines
 
 
-def _frame_lower(axes: Axes, val: list[tuple[float, float]], results: dict[str, Any], lines: list) -> None:
-    """Show the part from below every line to a little above the first tenth of the run, and label the lines."""
-    settled = [loss for epoch, loss in val if epoch >= 0.1 * results["epochs"]]
-    near = [value for value, _, _ in lines if value < 1.7 * results["best_val_loss"]]
-    low, high = min([results["best_val_loss"], *near]), max([*settled, *near])
-    margin = 0.12 * (high - low)
-    axes.set_ylim(low - margin, high + 2.2 * margin)
-    # Labels of lines that nearly coincide go to opposite sides of theirs.
-    placed: list[float] = []
-    for value, label, colour in sorted(lines):
-        if value not in near:
-            continue
-        axes.axhline(value, color=colour, linewidth=1.2, linestyle=(0, (5, 3)))
-        close = any(abs(value - other) < 0.09 * (high - low) for other in placed)
-        axes.annotate(
-            label, (0.99, value), xycoords=("axes fraction", "data"), xytext=(0, 3 if close or not placed else -3),
-            textcoords="offset points", ha="right", va="bottom" if close or not placed else "top", fontsize=8.5, color=colour,
-        )  # fmt: skip
-        placed.append(value)
+def _magnified(
+    train: list[tuple[float, float]], val: list[tuple[float, float]], lines: list[float], epochs: float
+) -> tuple[float, float]:
+    """Limits that show the curves after the first tenth of the run, and the lines that lie near them."""
+    settled = [loss for epoch, loss in train + val if epoch >= 0.1 * epochs] or [loss for _, loss in val]
+    low, high = min(settled), max(settled)
+    near = [value for value in lines if low - 0.5 * (high - low) < value < high + 1.5 * (high - low)]
+    low, high = min([low, *near]), max([high, *near])
+    return low - 0.06 * (high - low), high + 0.06 * (high - low)
 
 
 def _title(record: dict[str, Any]) -> str:

@@ -111,7 +111,7 @@ class Trainer:
         self._mark = time.perf_counter()
         val_loss: float | None = None
         if p.step == 0:
-            p.before = self._losses(also_train=config.eval_train)
+            p.before = self._losses(also_train=True)
             self._charge("eval_seconds")
             log(self._row(**p.before))
             bar.say(f"before training: {_listed(p.before)}")
@@ -135,7 +135,7 @@ class Trainer:
                 p.interval_loss, p.interval_steps, logged_seconds = 0.0, 0, p.train_seconds
             if p.step % config.eval_interval == 0 or ended:
                 self._charge("train_seconds")
-                losses = self._losses(also_train=config.eval_train and ended)
+                losses = self._losses(also_train=ended)
                 val_loss = losses["val_loss"]
                 self._require_finite(val_loss, p.step)
                 self._charge("eval_seconds")
@@ -189,8 +189,9 @@ class Trainer:
 
     def _losses(self, also_train: bool) -> dict[str, float]:
         losses = {"val_loss": evaluate(self.model, self.data.val.ids, self.device)}
-        if also_train:
-            losses["train_loss_full"] = evaluate(self.model, self.data.train.ids, self.device)
+        if also_train and self.config.eval_train != "none":
+            count = len(self.data.val.ids) if self.config.eval_train == "part" else None
+            losses["train_loss_exact"] = evaluate(self.model, self.data.train.ids[:count], self.device)
         return losses
 
     def _require_finite(self, loss: float, step: int) -> None:
@@ -283,7 +284,7 @@ class Trainer:
         p, model, train = self.progress, self.experiment.model, self.data.train
         results = {
             "val_loss_before": p.before["val_loss"],
-            "train_loss_before": p.before.get("train_loss_full"),
+            "train_loss_before": p.before.get("train_loss_exact"),
             **self._last_losses(),
             "best_val_loss": p.best_val_loss,
             "best_step": p.best_step,
@@ -321,7 +322,7 @@ class Trainer:
 
     def _last_losses(self) -> dict[str, float | None]:
         rows = [row for row in records.read_lines(self.metrics) if "val_loss" in row]
-        return {"val_loss_after": rows[-1]["val_loss"], "train_loss_after": rows[-1].get("train_loss_full")}
+        return {"val_loss_after": rows[-1]["val_loss"], "train_loss_after": rows[-1].get("train_loss_exact")}
 
 
 @contextmanager
