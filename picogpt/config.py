@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -217,7 +217,8 @@ def describe(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, 
             yield from describe(field.annotation, f"{prefix}{name}.")
         else:
             default = "" if field.is_required() else json.dumps(field.default)
-            yield prefix + name, default, field.description or ""
+            choices = f" [{'|'.join(get_args(field.annotation))}]" if get_origin(field.annotation) is Literal else ""
+            yield prefix + name, default, (field.description or "") + choices
 
 
 def json_schema(name: str) -> str:

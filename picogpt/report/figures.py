@@ -71,7 +71,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         order = sorted(range(len(labels)), key=lambda index: index < len(lines))  # ours first
         figure.legend(
             [handles[index] for index in order], [labels[index] for index in order],
-            loc="lower left", bbox_to_anchor=(0.005, 0.055), ncols=3, fontsize=9.5,
+            loc="lower left", bbox_to_anchor=(0.005, 0.055), ncols=4, fontsize=9.5, columnspacing=1.6,
         )  # fmt: skip
         figure.suptitle(_title(record), x=0.012, ha="left", fontweight="bold")
         figure.text(0.012, 0.018, _caption(record), fontsize=8, color=GREY)

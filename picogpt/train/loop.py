@@ -56,6 +56,7 @@ class Progress:
     train_seconds: float = 0.0
     first_step_seconds: float = 0.0
     eval_seconds: float = 0.0
+    save_seconds: float = 0.0
     sessions: int = 0
     """How often the run was started or resumed."""
 
@@ -103,51 +104,47 @@ class Trainer:
                 return finished
             bar = Training(self.experiment.model.kind, self.total_steps, self._resume(replace))
             with bar, open(self.metrics, "a", encoding="utf-8") as metrics:
-                self._loop(bar, stop, lambda row: print(json.dumps(row), file=metrics, flush=True))
+                self._loop(bar, stop, lambda **values: print(json.dumps(self._row(values)), file=metrics, flush=True))
             return self._publish()
 
-    def _loop(self, bar: Training, stop: list[int], log: Callable[[dict[str, Any]], None]) -> None:
-        p, config, runtime = self.progress, self.config, self.runtime
+    def _loop(self, bar: Training, stop: list[int], log: Callable[..., None]) -> None:
+        p, runtime = self.progress, self.runtime
         self._mark = time.perf_counter()
-        val_loss: float | None = None
         if p.step == 0:
-            p.before = self._losses(also_train=True)
-            self._charge("eval_seconds")
-            log(self._row(**p.before))
+            p.before = self._evaluate(also_train=True)
+            log(**p.before)
             bar.say(f"before training: {_listed(p.before)}")
-        first, logged_seconds = p.step, p.train_seconds
+        first, logged_seconds, val_loss = p.step, p.train_seconds, None
         while p.step < self.total_steps:
             loss = self._step(p.step)
             p.step += 1
             p.interval_loss = p.interval_loss + loss
             p.interval_steps += 1
-            if p.step == first + 1:
+            ended = p.step == self.total_steps
+            if p.step == first + 1:  # compilation happens here
                 self._charge("train_seconds")
                 p.first_step_seconds += p.train_seconds - logged_seconds
-            ended = p.step == self.total_steps
             if p.step % runtime.log_interval == 0 or ended:
                 self._charge("train_seconds")
                 mean = float(p.interval_loss) / p.interval_steps
                 self._require_finite(mean, p.step)
                 rate = p.interval_steps * self.tokens_per_step / (p.train_seconds - logged_seconds)
-                log(self._row(train_loss=mean, tokens_per_second=round(rate, 1)))
+                log(train_loss=mean, tokens_per_second=round(rate, 1))
                 bar.update(p.step, mean, rate, val_loss)
                 p.interval_loss, p.interval_steps, logged_seconds = 0.0, 0, p.train_seconds
-            if p.step % config.eval_interval == 0 or ended:
-                self._charge("train_seconds")
-                losses = self._losses(also_train=ended)
+            if p.step % self.config.eval_interval == 0 or ended:
+                losses = self._evaluate(also_train=ended)
                 val_loss = losses["val_loss"]
-                self._require_finite(val_loss, p.step)
-                self._charge("eval_seconds")
-                log(self._row(**losses))
+                log(**losses)
                 bar.say(f"step {p.step}: {_listed(losses)}")
                 if val_loss < p.best_val_loss:
                     p.best_val_loss, p.best_step = val_loss, p.step
                     self._save_best()
+                    self._charge("save_seconds")
             if p.step % runtime.checkpoint_interval == 0 or ended or stop:
                 self._charge("train_seconds")
                 self._save()
-                self._mark = time.perf_counter()
+                self._charge("save_seconds")
             if stop and not ended:
                 raise Interrupted(
                     stop[0],
@@ -187,11 +184,15 @@ class Trainer:
             return self._forward_backward(x, y, micro_batches)
         return loss.detach()
 
-    def _losses(self, also_train: bool) -> dict[str, float]:
+    def _evaluate(self, also_train: bool) -> dict[str, float]:
+        """Exact losses of the weights as they are; raises PicogptError when one is not finite."""
+        self._charge("train_seconds")
         losses = {"val_loss": evaluate(self.model, self.data.val.ids, self.device)}
         if also_train and self.config.eval_train != "none":
             count = len(self.data.val.ids) if self.config.eval_train == "part" else None
             losses["train_loss_exact"] = evaluate(self.model, self.data.train.ids[:count], self.device)
+        self._charge("eval_seconds")
+        self._require_finite(losses["val_loss"], self.progress.step)
         return losses
 
     def _require_finite(self, loss: float, step: int) -> None:
@@ -209,7 +210,8 @@ class Trainer:
         setattr(self.progress, account, getattr(self.progress, account) + now - self._mark)
         self._mark = now
 
-    def _row(self, **values: float) -> dict[str, Any]:
+    def _row(self, values: dict[str, float]) -> dict[str, Any]:
+        """A line of the metrics file."""
         p = self.progress
         return {
             "step": p.step,
@@ -297,6 +299,7 @@ class Trainer:
             "train_seconds": p.train_seconds,
             "first_step_seconds": p.first_step_seconds,
             "eval_seconds": p.eval_seconds,
+            "save_seconds": p.save_seconds,
             "sessions": p.sessions,
         }
         if model.kind == "char-bigram":
