@@ -148,7 +148,7 @@ class Pipeline(Settings):
     """`config/config.yaml`: what the pipeline runs."""
 
     corpus: list[str] | str = Field(
-        description="registered corpora, the first that can be had is taken; or the path of your own UTF-8 text"
+        description="registered corpora, the first that can be had is taken; or the path of your own UTF-8 text, as my.txt"
     )
     drop_unseen: bool = Field(
         False, description="leave out of the validation text the characters that the training text lacks"

@@ -26,6 +26,20 @@ def transfer(name: str, total: int, start: int = 0) -> Iterator[Callable[[int], 
         yield lambda count: progress.advance(task, count)
 
 
+@contextmanager
+def counting(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` are done and the time left, on a terminal; yields a function that takes how many more."""
+    from rich.progress import MofNCompleteColumn, Progress
+
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=_console(), transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
 class Training:
     """A bar of steps with loss, tokens/s and time left; on a file or a pipe a line every few seconds."""
 

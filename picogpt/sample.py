@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from picogpt.data.tokenizers import CharTokenizer
 from picogpt.errors import UsageError
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
+from picogpt.progress import counting
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,14 @@ def sample_texts(
     where = hardware.select(device).torch_name
     ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(where)
     began = time.perf_counter()
-    new = generate(
-        model.to(where),
-        ids.repeat(samples, 1),
-        count,
-        decoding,
-        seed,
-        on_token=(lambda tokens: on_token(int(tokens[0]))) if on_token else lambda tokens: None,
-        cached=cached,
-    )
+    with nullcontext() if on_token else counting("sampling", count) as advance:
+
+        def show(tokens: torch.Tensor) -> None:
+            if on_token:
+                on_token(int(tokens[0]))
+            elif advance:
+                advance(1)
+
+        new = generate(model.to(where), ids.repeat(samples, 1), count, decoding, seed, show, cached)
     texts = [tokenizer.decode(row) for row in new.cpu().numpy()]
     return texts, samples * count / (time.perf_counter() - began)

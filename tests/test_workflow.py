@@ -196,3 +196,12 @@ def test_without_any_source_the_error_says_what_to_do(tmp_path: Path):
     assert "cannot get tinyshakespeare.txt" in run.stderr
     assert "PICOGPT_MIRROR" in run.stderr
     assert not (tmp_path / "resources/corpus.txt").exists()
+
+
+@pytest.mark.parametrize(("corpus", "source"), [("mine.txt", "mine.txt"), ("tinyshakespeare", "resources/corpus.txt")])
+def test_a_corpus_is_a_file_of_the_user_or_a_registered_name(tmp_path: Path, corpus: str, source: str):
+    (tmp_path / "mine.txt").write_text("abc\n" * 30)
+    configure(tmp_path, corpus=corpus)
+    run = snakemake(tmp_path, "-n", "weights/char_tokenizer/pipeline/train.bin")
+    assert run.returncode == 0, run.stderr
+    assert ("fetch_corpus" in jobs(run)) == (source == "resources/corpus.txt")

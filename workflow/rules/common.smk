@@ -31,9 +31,14 @@ def hold_folder():
         raise WorkflowError("another pipeline is running in this folder: wait for it to end")
 
 
+def own_text():
+    """Whether `corpus` is the path of a file, as my.txt or texts/mine, and not the name of a registered corpus."""
+    return isinstance(config["corpus"], str) and bool({".", "/"} & set(config["corpus"]))
+
+
 def corpus_file():
-    """The text that everything stands on: fetched, or the user's own file."""
-    return config["corpus"] if isinstance(config["corpus"], str) else "resources/corpus.txt"
+    """The text that everything stands on: the user's own file, or what is fetched."""
+    return config["corpus"] if own_text() else "resources/corpus.txt"
 
 
 def machine_size():
