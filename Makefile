@@ -12,7 +12,7 @@ help:
 	@echo "make test     set up, then run the tests"
 	@echo "make check    set up, then lint, types, workflow and schemas"
 	@echo "make format   set up, then format Python and Snakemake files"
-	@echo "make clean    delete what the pipeline wrote (results, media, weights, logs; not resources)"
+	@echo "make clean    delete what the pipeline wrote; runs made by hand and resources/ stay"
 
 report: $(READY)
 	$(BIN)/snakemake
@@ -34,7 +34,8 @@ format: $(READY)
 	$(BIN)/snakefmt workflow
 
 clean:
-	rm -rf weights logs results/samples results/report.md results/summary.csv media/*.png media/*.txt
+	rm -rf weights/*/pipeline logs results/samples results/report.md results/summary.csv \
+	  media/char_bigram_loss.png media/char_transformer_loss.png media/char_transformer_sample.txt
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null \

@@ -118,8 +118,10 @@ def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: f
                 "no corpus is in resources/: picogpt fetch tinyshakespeare brings one, or give --text FILE"
             )
         text = here[0]
-    if corpus is None and text.is_file():
-        corpus = assets.identify(sha256_file(text))
+    registered = assets.identify(sha256_file(text)) if text.is_file() else None
+    corpus = corpus or registered or text.stem
+    if corpus != registered and corpus in assets.registry():
+        raise UsageError(f"{text} is not the registered {corpus}, whose name it bears: name yours with --corpus")
     folder = WEIGHTS / "char_tokenizer" / (run or _now())
     data = tokens.tokenize_chars(text, folder, corpus, val_fraction, drop_unseen)
     click.echo(
@@ -207,7 +209,10 @@ def train(
 
     from picogpt.train.loop import Trainer
 
-    record = Trainer(experiment, token_data, folder).run(replace)
+    trainer = Trainer(experiment, token_data, folder)
+    record = trainer.run(replace)
+    if not trainer.progress.sessions:
+        click.echo(f"{folder} was finished already; nothing was trained", err=True)
     results = record["results"]
     click.echo(
         f"{folder}/best.pt: validation loss {results['best_val_loss']:.6f} at epoch {results['best_epoch']:.2f}"
@@ -342,6 +347,9 @@ def page(
     """Fill in the template of the write-up."""
     from picogpt.report.page import write_page
 
+    wrong = [pair for pair in samples if "=" not in pair]
+    if wrong:
+        raise UsageError(f"--sample {wrong[0]!r} is not of the form NAME=FILE")
     write_page(template, summary_file, record_files, dict(pair.split("=", 1) for pair in samples), out)
 
 
@@ -406,7 +414,12 @@ def _fitting_tokenizer(folder: Path | None, sha256: str, checkpoint: Path) -> An
         [folder] if folder else [path.parent for path in sorted(WEIGHTS.glob("char_tokenizer/*/tokenizer.json"))]
     )
     for candidate in candidates:
-        tokenizer = CharTokenizer.load(candidate)
+        try:
+            tokenizer = CharTokenizer.load(candidate)
+        except PicogptError:
+            if folder:
+                raise
+            continue  # one of several in weights/; another may fit
         if tokenizer.sha256 == sha256:
             return tokenizer
     if folder:

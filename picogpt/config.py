@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from picogpt.errors import UsageError
@@ -27,7 +27,7 @@ MODEL_KINDS = ("char-bigram", "char-transformer")
 class Settings(BaseModel):
     """Base of all settings: unknown keys and values of the wrong type are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CharBigramConfig(Settings):
@@ -62,7 +62,7 @@ ModelConfig = Annotated[CharBigramConfig | CharTransformerConfig, Field(discrimi
 class TrainConfig(Settings):
     """Everything that changes what is learned."""
 
-    seed: int = Field(1337, ge=0, description="of the initial weights, the data order and dropout")
+    seed: int = Field(1337, ge=0, lt=2**31, description="of the initial weights, the data order and dropout")
     epochs: float | None = Field(None, gt=0, description="passes over the training text (this or steps)")
     steps: int | None = Field(None, ge=1, description="optimizer steps (this or epochs)")
     batch_size: int = Field(16, ge=1, description="sequences of an optimizer step, over all ranks")
@@ -70,6 +70,9 @@ class TrainConfig(Settings):
         None,
         ge=1,
         description="sequences of one forward pass on one rank; smaller than the batch: accumulate gradients",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the matrix products, also in evaluation; auto: bfloat16 where the device is fast at it"
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: orthogonalized momentum for the matrices of the blocks, AdamW for the rest"
@@ -111,12 +114,15 @@ class RuntimeConfig(Settings):
     """How to run: where, how fast, how chatty. A run can be resumed under other values."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the matrix products; auto: bfloat16 where the device is fast at it"
-    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile; auto: on, or eager with one warning where no compiler works"
     )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yaml_booleans(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
     threads: int = Field(0, ge=0, description="CPU threads; 0: one a core")
     log_interval: int = Field(10, ge=1, description="steps between two lines of the metrics file")
     checkpoint_interval: int = Field(100, ge=1, description="steps between two saves of last.pt")
@@ -129,9 +135,9 @@ class Experiment(Settings):
     train: TrainConfig
     runtime: RuntimeConfig = RuntimeConfig()
 
-    def fingerprint(self, vocab_size: int, text_sha256: str) -> str:
+    def fingerprint(self, vocab_size: int, data_sha256: str) -> str:
         """Hash of all that decides the learned weights: model, training, data; not of `runtime`."""
-        identity = [self.model.model_dump(), self.train.model_dump(), vocab_size, text_sha256]
+        identity = [self.model.model_dump(), self.train.model_dump(), vocab_size, data_sha256]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -147,7 +153,7 @@ class PipelineModel(Settings):
 class Pipeline(Settings):
     """`config/config.yaml`: what the pipeline runs."""
 
-    corpus: list[str] | str = Field(
+    corpus: Annotated[list[str], Field(min_length=1)] | str = Field(
         description="registered corpora, the first that can be had is taken; or the path of your own UTF-8 text, as my.txt"
     )
     drop_unseen: bool = Field(
@@ -167,7 +173,8 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 def config_folder() -> Path:
     """The folder `config/`: of the source tree, or the copy inside an installed package."""
     package = Path(__file__).resolve().parent
-    return next(folder for folder in (package.parent / "config", package / "_config") if (folder / "models").is_dir())
+    installed = package / "_config"
+    return installed if installed.is_dir() else package.parent / "config"
 
 
 def model_config_file(kind: str, size: str) -> Path:
@@ -194,7 +201,7 @@ def read_yaml(path: str | Path) -> dict:
     """Read a YAML mapping. Raises UsageError when it is not one, PicogptError when it cannot be read."""
     try:
         tree = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UsageError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
@@ -237,7 +244,7 @@ def _override(tree: dict, override: str) -> None:
         node[last] = yaml.safe_load(value)
     except (AttributeError, TypeError) as error:
         raise UsageError(f"--set {override!r}: {key} lies inside a value that is not a group of settings") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise UsageError(f"--set {override!r}: the value is not YAML") from error
     # Of the two ways to say how long to train, the one given last holds.
     other = {"steps": "epochs", "epochs": "steps"}.get(last)

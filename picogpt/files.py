@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,17 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def place(source: Path, target: Path) -> None:
+    """Give the content of `source` the name `target` as well, in one step; `source` stays."""
+    spare = target.with_name(f".{target.name}.placing")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(source, spare)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, spare)
+    os.replace(spare, target)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -81,7 +93,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
         lock = FileLock(Path(folder) / ".lock")
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise PicogptError(f"another process is {what} in {folder}: wait for it, or choose another --run") from error
+        raise PicogptError(f"another process is {what} in {folder}: wait for it, or use another folder") from error
     except OSError as error:
         raise PicogptError(f"cannot write in {folder}: {error.strerror or error}") from error
     try:

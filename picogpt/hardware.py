@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -35,8 +36,12 @@ class Device:
 
 
 def size_of_machine() -> str:
-    """gpu where a GPU is here, else cpu; without importing torch, so that a workflow can ask it at every start."""
-    return "gpu" if nvidia_gpus() or (platform.system() == "Darwin" and platform.machine() == "arm64") else "cpu"
+    """gpu where a GPU is here, else cpu; quick on a machine without one, so that a workflow can ask it at every start."""
+    if nvidia_gpus():
+        import torch  # only where a GPU is: torch may be a CPU build, or too new for the driver
+
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return "gpu" if (platform.system() == "Darwin" and platform.machine() == "arm64") else "cpu"
 
 
 @cache
@@ -62,6 +67,8 @@ def select(device: str = "auto", dtype: str = "auto") -> Device:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UsageError(f"there is no device {device!r}: auto, cpu, cuda, cuda:N and mps are understood")
     kind, _, index = device.partition(":")
     if kind == "cuda":
         count = torch.cuda.device_count()
@@ -89,7 +96,12 @@ def torch_dtype(device: Device) -> torch.dtype:
 
 def cpu_count() -> int:
     """Cores this process may use; fewer than the machine has inside a container or a batch job."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # a container's share of the CPU, as "200000 100000" microseconds
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
 
 
 @cache

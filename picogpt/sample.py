@@ -7,6 +7,7 @@ with a cache and without give the same tokens.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ class Decoding:
     """Keep the smallest set of tokens whose probabilities reach p."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UsageError(f"--temperature {self.temperature} must be 0 (greedy) or above")
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"--top-k {self.top_k} must be 1 or more")
@@ -92,7 +93,8 @@ def choose(logits: torch.Tensor, decoding: Decoding, random: torch.Generator) ->
     """Draw one token a row from logits (B, V); returns ids (B,)."""
     if decoding.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float().cpu() / decoding.temperature
+    logits = logits.double().cpu()
+    logits = (logits - logits.max(-1, keepdim=True).values) / decoding.temperature  # at most 0: nothing overflows
     if decoding.top_k is not None and decoding.top_k < logits.size(-1):
         lowest = logits.topk(decoding.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SMALL_MODEL = {"kind": "char-transformer", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1}
 SMALL_TRAIN = {
+    "dtype": "float32",
     "steps": 40,
     "batch_size": 4,
     "optimizer": "muon",
@@ -27,7 +28,7 @@ SMALL_TRAIN = {
     "warmup_steps": 4,
     "weight_decay": 0.1,
 }
-SMALL_RUNTIME = {"device": "cpu", "dtype": "float32", "compile": "off", "log_interval": 3, "checkpoint_interval": 7}
+SMALL_RUNTIME = {"device": "cpu", "compile": "off", "log_interval": 3, "checkpoint_interval": 7}
 
 
 def small_experiment(**train: object) -> Experiment:

@@ -56,6 +56,11 @@ def test_a_first_model_by_hand(picogpt, corpus: Path, tmp_path: Path, monkeypatc
         (["train", "char-bigram", "--config", "missing.yaml"], 1, "missing.yaml"),
         (["train", "char-bigram", "--data", "nowhere"], 1, "nowhere/train.bin"),
         (["train", "char-bigram", "--steps", "0"], 2, "train.steps=0"),
+        (["train", "char-bigram", "--seed", "5000000000"], 2, "train.seed=5000000000"),
+        (["train", "char-bigram", "--set", "train.epochs=.inf"], 2, "finite"),
+        (["train", "char-bigram", "--set", "train.seed=2024-13-45"], 2, "not YAML"),
+        (["train", "char-bigram", "--set", "runtime.compile=maybe"], 2, "'auto', 'on' or 'off'"),
+        (["tokenize", "char", "--text", "tinyshakespeare.txt"], 2, "not the registered tinyshakespeare"),
         (["train", "char-bigram", "--device", "cuda:77", "--data", "t"], 2, "cuda:77"),
         (["sample", "char-bigram"], 2, "picogpt train char-bigram makes one"),
         (["tokenize", "char"], 2, "picogpt fetch tinyshakespeare"),
@@ -71,6 +76,7 @@ def test_a_first_model_by_hand(picogpt, corpus: Path, tmp_path: Path, monkeypatc
 )
 def test_bad_input_is_one_message_and_a_status(picogpt, corpus, tmp_path, arguments: list, status: int, message: str):
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "tinyshakespeare.txt").write_text("mine " * 50)
     from picogpt.data.tokens import tokenize_chars
 
     tokenize_chars(corpus, tmp_path / "t")

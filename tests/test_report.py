@@ -6,13 +6,16 @@ import pytest
 from conftest import ROOT, small_experiment
 
 from picogpt.config import Experiment
+from picogpt.data import assets
 from picogpt.data.tokens import TokenData
 from picogpt.report.published import CORPUS, Number, compare, numbers
 from picogpt.train.loop import Trainer
 
 
 def record(value: float | None, corpus: str = CORPUS) -> dict:
-    return {"results": {"loss": value}, "device": {"name": "d"}, "corpus": {"name": corpus}}
+    text = assets.find(CORPUS).sha256 if corpus == CORPUS else "0" * 64
+    identity = {"name": corpus, "text_sha256": text, "train_tokens": 1_003_854, "val_tokens": 111_540}
+    return {"results": {"loss": value}, "device": {"name": "d"}, "corpus": identity}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,11 @@ def test_another_corpus_is_never_compared_and_nothing_is_never_measured():
     row = compare(number, record(2.0, corpus="words"))
     assert (row["status"], row["measured"]) == ("not comparable", 2.0)
     assert "words" in row["note"]
+    another_split = record(2.0)
+    another_split["corpus"]["train_tokens"] -= 1
+    namesake = record(2.0)
+    namesake["corpus"]["text_sha256"] = "0" * 64
+    assert {compare(number, other)["status"] for other in (another_split, namesake)} == {"not comparable"}
     row = compare(number, None)
     assert (row["status"], row["device"], row["measured"]) == ("not measured here", None, None)
 

@@ -144,6 +144,9 @@ def test_the_command_line(trained, picogpt, tmp_path: Path):
         (["--tokenizer-dir", "other"], 1, "other is not the one that"),
         (["--tokenizer-dir", "nowhere"], 1, "nowhere/tokenizer.json"),
         (["--device", "cuda:99"], 2, "cuda:99"),
+        (["--device", "gpu"], 2, "no device 'gpu'"),
+        (["--temperature", "nan"], 2, "--temperature nan"),
+        (["--prompt", "\udcff"], 2, "lacks"),
         (["--out", "weights/char_bigram/r/best.pt/x"], 1, "best.pt/x"),
     ],
 )

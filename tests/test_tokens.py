@@ -95,12 +95,26 @@ def test_halves_of_different_texts_are_refused(corpus: Path, tmp_path: Path):
     (tmp_path / "other.txt").write_text(corpus.read_text() + "more of it\n")
     tokenize_chars(tmp_path / "other.txt", tmp_path / "b")
     (tmp_path / "b/val.bin").replace(tmp_path / "a/val.bin")
-    with pytest.raises(PicogptError, match="different texts or tokenizers: text_sha256 differs"):
+    with pytest.raises(PicogptError, match="different texts, splits or tokenizers: text_sha256 differs"):
         open_data(tmp_path / "a")
 
 
+def test_halves_of_different_splits_are_refused(corpus: Path, tmp_path: Path):
+    tokenize_chars(corpus, tmp_path / "a")
+    tokenize_chars(corpus, tmp_path / "b", val_fraction=0.3)
+    (tmp_path / "b/val.bin").replace(tmp_path / "a/val.bin")
+    with pytest.raises(PicogptError, match="data_sha256 differs"):
+        open_data(tmp_path / "a")
+
+
+def test_dropping_may_not_leave_nothing(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("ab" * 45 + "z" * 10)
+    with pytest.raises(PicogptError, match="lacks nearly all"):
+        tokenize_chars(tmp_path / "text.txt", tmp_path / "out", drop_unseen=True)
+
+
 def test_a_large_vocabulary_takes_two_bytes(tmp_path: Path):
-    header = token_files.Header(1, "uint16", 50_000, 3, "train", "x", "0", "0")
+    header = token_files.Header(1, "uint16", 50_000, 3, "train", "x", "0", "0", "0")
     token_files.write_tokens(tmp_path / "a.bin", np.array([0, 300, 49_999]), header)
     assert open_tokens(tmp_path / "a.bin").ids.tolist() == [0, 300, 49_999]
 

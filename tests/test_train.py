@@ -250,6 +250,46 @@ def test_without_a_working_compiler_training_goes_on_with_one_warning(tokens: To
     assert sum("torch.compile does not work here" in str(warning.message) for warning in caught) == 1
 
 
+@pytest.mark.parametrize("name", ["best.pt", "metrics.jsonl", "record.json"])
+def test_a_crash_while_publishing_is_made_good(straight, tokens, tmp_path, monkeypatch, name: str):
+    import os
+
+    replace = os.replace
+
+    def fail(source: str, target: str | Path) -> None:
+        if Path(target) == tmp_path / name:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises((OSError, PicogptError)):
+            Trainer(small_experiment(), tokens, tmp_path).run()
+    assert not (tmp_path / "record.json").exists()
+    Trainer(small_experiment(), tokens, tmp_path).run()
+    assert_same_run(straight, tmp_path)
+
+
+def test_replace_starts_over_where_nothing_can_be_read(straight: Path, tokens: TokenData, tmp_path: Path):
+    interrupted(tmp_path, tokens, 5)
+    (tmp_path / "checkpoints/last.pt").write_bytes(b"torn")
+    with pytest.raises(PicogptError, match="--replace starts over"):
+        Trainer(small_experiment(), tokens, tmp_path).run()
+    with pytest.warns(UserWarning, match="starting over"):
+        Trainer(small_experiment(), tokens, tmp_path).run(replace=True)
+    assert_same_run(straight, tmp_path)
+
+
+def test_weights_that_are_not_finite_never_reach_a_checkpoint(tokens: TokenData, tmp_path: Path):
+    interrupted(tmp_path, tokens, 10)
+    trainer = Trainer(small_experiment(), tokens, tmp_path)
+    trainer._resume(replace=False)
+    trainer.model.head.weight.data[0, 0] = float("inf")
+    with pytest.raises(PicogptError, match="loss is nan at step 10"):
+        trainer._save()
+    assert checkpoint.load_state(tmp_path / "checkpoints/last.pt")[0]["progress"]["step"] == 10
+
+
 @pytest.mark.slow
 def test_compiled_training_learns_the_same_and_saves_plain_names(tokens: TokenData, tmp_path: Path):
     def train(mode: str) -> tuple[float, set[str]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -121,7 +122,7 @@ def _obtain(file: File, target: Path, addresses: Callable[[], Sequence[str]]) ->
                 _copy(Path(address), file, target)
             return
         except Unreachable as error:
-            reasons.append(f"{address}: {error}")
+            reasons.append(f"{_without_password(address)}: {error}")
     raise Unreachable(
         "\n  ".join([f"cannot get {file.file}:", *reasons])
         + f"\n  Give a folder or an address that has {file.file} in {MIRROR_VARIABLE}, or run again where a source answers."
@@ -156,7 +157,11 @@ def _download(address: str, file: File, target: Path) -> None:
         if attempt:
             time.sleep(0.25 * 2**attempt)
         try:
+            resumed = part.exists()
             _receive(address, file, part)
+            if resumed and sha256_file(part) != file.sha256:  # perhaps what was kept is to blame: once from the start
+                part.unlink()
+                _receive(address, file, part)
             return _accept(address, file, target)
         except requests.HTTPError as error:
             failure = f"HTTP status {error.response.status_code}"
@@ -208,10 +213,15 @@ def _accept(source: str, file: File, target: Path) -> None:
     if actual != file.sha256:
         part.unlink()
         raise PicogptError(
-            f"{source} serves another file than {file.file}: sha256 {actual} ({size:,} bytes read),"
+            f"{_without_password(source)} serves another file than {file.file}: sha256 {actual} ({size:,} bytes read),"
             f" expected {file.sha256} ({file.size:,} bytes). Nothing was kept."
         )
     os.replace(part, target)
+
+
+def _without_password(address: str) -> str:
+    """The address as it may stand in a log."""
+    return re.sub(r"(?<=://)[^/@]*@", "", address)
 
 
 def _incoming(target: Path) -> Path:

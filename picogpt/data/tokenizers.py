@@ -70,7 +70,7 @@ class CharTokenizer:
 
         Raises UsageError naming the characters that the vocabulary lacks.
         """
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         ids = np.minimum(np.searchsorted(self._points, points), self.vocab_size - 1)
         unknown = self._points[ids] != points
         if unknown.any():

@@ -2,12 +2,13 @@
 
 8 bytes   magic "PICOGPT\\n"
 4 bytes   length of the header, little endian
-header    JSON: version, dtype, vocab_size, count, split, corpus, text_sha256, tokenizer_sha256; padded with spaces
+header    JSON: version, dtype, vocab_size, count, split, corpus, three hashes; padded with spaces
 ids       `count` values of `dtype`, beginning at a multiple of 64 bytes
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -41,6 +42,8 @@ class Header:
     corpus: str
     text_sha256: str
     tokenizer_sha256: str
+    data_sha256: str
+    """Hash of the ids of both splits: files that belong together have the same, and a run knows its data by it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class TokenData:
             "name": header.corpus,
             "text_sha256": header.text_sha256,
             "tokenizer_sha256": header.tokenizer_sha256,
+            "data_sha256": header.data_sha256,
             "train_tokens": header.count,
             "val_tokens": self.val.header.count,
         }
@@ -125,9 +129,11 @@ def open_tokens(path: str | Path) -> TokenFile:
 def open_data(folder: str | Path) -> TokenData:
     """Open `train.bin` and `val.bin` in `folder`. Raises PicogptError when they do not belong together."""
     train, val = (open_tokens(Path(folder) / f"{split}.bin") for split in SPLITS)
-    for field in ("vocab_size", "text_sha256", "tokenizer_sha256"):
+    for field in ("vocab_size", "text_sha256", "tokenizer_sha256", "data_sha256"):
         if getattr(train.header, field) != getattr(val.header, field):
-            raise PicogptError(f"{train.path} and {val.path} come from different texts or tokenizers: {field} differs")
+            raise PicogptError(
+                f"{train.path} and {val.path} come from different texts, splits or tokenizers: {field} differs"
+            )
     return TokenData(train, val)
 
 
@@ -153,7 +159,8 @@ def tokenize_chars(
     if len(train) < 2 or len(val) < 2:
         raise PicogptError(f"{text_path} has {len(text)} characters: too few for a training and a validation text")
     tokenizer = CharTokenizer.from_text(train)
-    unseen = Counter(character for character in val if character not in set(tokenizer.characters))
+    known = set(tokenizer.characters)
+    unseen = Counter(character for character in val if character not in known)
     if unseen and not drop_unseen:
         listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
         raise PicogptError(
@@ -161,10 +168,13 @@ def tokenize_chars(
             f" {listed}. No model can predict them; leave them out with --drop-unseen (drop_unseen: true), or mend the text."
         )
     val = "".join(character for character in val if character not in unseen)
+    if len(val) < 2:
+        raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
     text_sha256 = sha256_file(text_path)
+    parts = [tokenizer.encode(part) for part in (train, val)]
+    data_sha256 = hashlib.sha256(b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in parts)).hexdigest()
     with locked(folder, "tokenizing"):
-        for split, part in zip(SPLITS, (train, val), strict=True):
-            ids = tokenizer.encode(part)
+        for split, ids in zip(SPLITS, parts, strict=True):
             header = Header(
                 version=VERSION,
                 dtype=ids.dtype.name,
@@ -174,6 +184,7 @@ def tokenize_chars(
                 corpus=corpus or Path(text_path).stem,
                 text_sha256=text_sha256,
                 tokenizer_sha256=tokenizer.sha256,
+                data_sha256=data_sha256,
             )
             write_tokens(Path(folder) / f"{split}.bin", ids, header)
         tokenizer.save(folder)

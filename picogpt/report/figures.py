@@ -8,7 +8,7 @@ from typing import Any
 
 from picogpt import records
 from picogpt.files import atomic_write
-from picogpt.report.published import CORPUS, published
+from picogpt.report.published import CORPUS, on_published_corpus, published
 
 # Okabe and Ito's palette, told apart by colour-blind readers; and grey for what is not ours.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
@@ -97,7 +97,7 @@ def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int
     if floor is not None:
         lines.append((floor, f"floor of training, pair counts: {floor:.4f}", GREEN, (2, 1)))
     values = published(record["kind"])
-    where = "" if record["corpus"]["name"] == CORPUS else f" ({CORPUS})"
+    where = "" if on_published_corpus(record) else f" ({CORPUS})"
     names = {
         "train_loss_after": ("published, training", (8, 3)),
         "val_loss_after": ("published, last validation", (5, 3)),

@@ -33,6 +33,6 @@ def write_page(
             records=read_records(record_files),
             samples={name: read_text(path) for name, path in samples.items()},
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:  # the last two: a number that the record lacks
         raise PicogptError(f"{template} cannot be filled in: {error}") from error
     write_text(out, page)

@@ -5,9 +5,7 @@ Both hold tensors and plain values only and load with `weights_only=True`; nothi
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +16,15 @@ from torch import nn
 
 from picogpt import models
 from picogpt.config import Experiment, parse
-from picogpt.errors import PicogptError
-from picogpt.files import atomic_write
+from picogpt.errors import PicogptError, UsageError
+from picogpt.files import atomic_write, place
 from picogpt.models.language_model import LanguageModel
 
 FORMAT = "picogpt-checkpoint"
 VERSION = 1
-KEYS = {
-    "weights": {"experiment", "vocab_size", "corpus", "step", "val_loss", "model"},
-    "state": {"fingerprint", "progress", "model", "optimizer"},
+TYPES: dict[str, dict[str, type]] = {
+    "weights": {"experiment": dict, "vocab_size": int, "corpus": dict, "step": int, "val_loss": float, "model": dict},
+    "state": {"fingerprint": str, "progress": dict, "model": dict, "optimizer": list},
 }
 
 
@@ -47,6 +45,8 @@ class Weights:
 
         Raises PicogptError when the tensors are not those of the model.
         """
+        with torch.device("meta"):  # compare before allocating: a hostile file may claim any size
+            check_tensors(models.build(self.experiment.model, self.vocab_size, 0), self.state, self.path)
         model = models.build(self.experiment.model, self.vocab_size, self.experiment.train.seed)
         if not untrained:
             load_tensors(model, self.state, self.path)
@@ -78,7 +78,10 @@ def load_weights(path: str | Path, kind: str | None = None) -> Weights:
     """
     path = Path(path)
     tree = _load(path, "weights")
-    experiment = parse(Experiment, _lists(tree["experiment"]), f"{path}, experiment")
+    try:
+        experiment = parse(Experiment, _lists(tree["experiment"]), f"{path}, experiment")
+    except UsageError as error:  # a broken file, not a wrong request
+        raise PicogptError(str(error)) from error
     if kind and experiment.model.kind != kind:
         raise PicogptError(
             f"{path} holds a {experiment.model.kind}, not a {kind}: picogpt sample {experiment.model.kind}"
@@ -97,14 +100,8 @@ def load_weights(path: str | Path, kind: str | None = None) -> Weights:
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write `last.pt` in one piece and keep the one before it as `last.previous.pt`."""
     if path.exists():
-        spare = previous(path).with_suffix(".tmp")
-        spare.unlink(missing_ok=True)
         # A second name, not a rename: at no moment is there no last.pt.
-        try:
-            os.link(path, spare)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, spare)
-        os.replace(spare, previous(path))
+        place(path, previous(path))
     _save(path, {"content": "state", **state})
 
 
@@ -128,6 +125,12 @@ def previous(path: Path) -> Path:
 
 def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
     """Copy the tensors of `state` into `model`. Raises PicogptError naming what is missing, extra or misshaped."""
+    check_tensors(model, state, source)
+    model.load_state_dict(state)
+
+
+def check_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
+    """Raises PicogptError where the tensors of `state` are not those of `model`."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
@@ -139,7 +142,6 @@ def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path)
     ]
     if problems:
         raise PicogptError(f"{source} does not fit the model: {'; '.join(sorted(problems)[:5])}")
-    model.load_state_dict(state)
 
 
 def _save(path: Path, tree: dict[str, Any]) -> None:
@@ -169,14 +171,17 @@ def _load(path: Path, content: str) -> dict[str, Any]:
         raise PicogptError(f"{path} is damaged, or no checkpoint: {error}") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise PicogptError(f"{path} is no checkpoint of picogpt")
-    if tree["version"] != VERSION:
-        raise PicogptError(f"{path} has version {tree['version']}; this picogpt reads version {VERSION}")
-    if tree["content"] != content:
+    if tree.get("version") != VERSION:
+        raise PicogptError(f"{path} has version {tree.get('version')}; this picogpt reads version {VERSION}")
+    if tree.get("content") != content:
         names = {"weights": "weights only (best.pt)", "state": "the state of a training (last.pt)"}
-        raise PicogptError(f"{path} holds {names[tree['content']]}; {names[content]} is needed here")
-    missing = KEYS[content] - tree.keys()
-    if missing:
-        raise PicogptError(f"{path} is incomplete: {', '.join(sorted(missing))} missing")
+        held = names.get(str(tree.get("content")), "something unknown")
+        raise PicogptError(f"{path} holds {held}; {names[content]} is needed here")
+    wrong = [key for key, kind in TYPES[content].items() if not isinstance(tree.get(key), kind)]
+    if wrong or not all(isinstance(tensor, torch.Tensor) for tensor in tree["model"].values()):
+        raise PicogptError(
+            f"{path} is incomplete or damaged: {', '.join(wrong) or 'model'} missing or of the wrong type"
+        )
     return tree
 
 

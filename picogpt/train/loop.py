@@ -31,7 +31,7 @@ from picogpt.config import Experiment
 from picogpt.data.sampler import Sampler
 from picogpt.data.tokens import TokenData
 from picogpt.errors import Interrupted, PicogptError
-from picogpt.files import locked, write_text
+from picogpt.files import locked, place, write_text
 from picogpt.models.bigram import closed_form_loss
 from picogpt.progress import Training
 from picogpt.train import checkpoint
@@ -50,15 +50,18 @@ class Progress:
     best_step: int = 0
     before: dict[str, float] = field(default_factory=dict)
     """Losses of the initial weights."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Losses of the latest evaluation."""
     interval_loss: float | torch.Tensor = 0.0
     """Sum of the losses since the last line of the metrics."""
     interval_steps: int = 0
+    interval_seconds: float = 0.0
     train_seconds: float = 0.0
     first_step_seconds: float = 0.0
     eval_seconds: float = 0.0
     save_seconds: float = 0.0
     sessions: int = 0
-    """How often the run was started or resumed."""
+    """How often the run was started or resumed; starts that were killed before a checkpoint leave no trace."""
 
 
 class Trainer:
@@ -73,9 +76,9 @@ class Trainer:
         self.config, self.runtime = experiment.train, experiment.runtime
         self.work = self.folder / "checkpoints"
         self.last, self.metrics = self.work / "last.pt", self.work / "metrics.jsonl"
-        self.fingerprint = experiment.fingerprint(data.vocab_size, data.train.header.text_sha256)
+        self.fingerprint = experiment.fingerprint(data.vocab_size, data.train.header.data_sha256)
 
-        self.device = hardware.select(self.runtime.device, self.runtime.dtype)
+        self.device = hardware.select(self.runtime.device, self.config.dtype)
         torch.set_num_threads(self.runtime.threads or hardware.cpu_count())
         # TF32 for the float32 matrix products that remain, on GPUs that have it.
         torch.set_float32_matmul_precision("high")
@@ -114,8 +117,9 @@ class Trainer:
             p.before = self._evaluate(also_train=True)
             log(**p.before)
             bar.say(f"before training: {_listed(p.before)}")
-        first, logged_seconds, val_loss = p.step, p.train_seconds, None
+        first, val_loss = p.step, p.after.get("val_loss")
         while p.step < self.total_steps:
+            began = p.train_seconds
             loss = self._step(p.step)
             p.step += 1
             p.interval_loss = p.interval_loss + loss
@@ -123,20 +127,20 @@ class Trainer:
             ended = p.step == self.total_steps
             if p.step == first + 1:  # compilation happens here
                 self._charge("train_seconds")
-                p.first_step_seconds += p.train_seconds - logged_seconds
+                p.first_step_seconds += p.train_seconds - began
             if p.step % runtime.log_interval == 0 or ended:
                 self._charge("train_seconds")
                 mean = float(p.interval_loss) / p.interval_steps
                 self._require_finite(mean, p.step)
-                rate = p.interval_steps * self.tokens_per_step / (p.train_seconds - logged_seconds)
+                rate = p.interval_steps * self.tokens_per_step / p.interval_seconds
                 log(train_loss=mean, tokens_per_second=round(rate, 1))
                 bar.update(p.step, mean, rate, val_loss)
-                p.interval_loss, p.interval_steps, logged_seconds = 0.0, 0, p.train_seconds
+                p.interval_loss, p.interval_steps, p.interval_seconds = 0.0, 0, 0.0
             if p.step % self.config.eval_interval == 0 or ended:
-                losses = self._evaluate(also_train=ended)
-                val_loss = losses["val_loss"]
-                log(**losses)
-                bar.say(f"step {p.step}: {_listed(losses)}")
+                p.after = self._evaluate(also_train=ended)
+                val_loss = p.after["val_loss"]
+                log(**p.after)
+                bar.say(f"step {p.step}: {_listed(p.after)}")
                 if val_loss < p.best_val_loss:
                     p.best_val_loss, p.best_step = val_loss, p.step
                     self._save_best()
@@ -208,6 +212,8 @@ class Trainer:
             torch.cuda.synchronize()
         now = time.perf_counter()
         setattr(self.progress, account, getattr(self.progress, account) + now - self._mark)
+        if account == "train_seconds":
+            self.progress.interval_seconds += now - self._mark
         self._mark = now
 
     def _row(self, values: dict[str, float]) -> dict[str, Any]:
@@ -222,6 +228,12 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        # On a GPU the loss is not read at every step; what is not finite must not replace a good checkpoint.
+        self._require_finite(float(self.progress.interval_loss), self.progress.step)
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            self._require_finite(math.nan, self.progress.step)
+        with open(self.metrics, "rb") as metrics:
+            os.fsync(metrics.fileno())  # the lines up to this step must outlive a power cut if the checkpoint does
         state = {
             "fingerprint": self.fingerprint,
             "progress": {**vars(self.progress), "interval_loss": float(self.progress.interval_loss)},
@@ -246,9 +258,14 @@ class Trainer:
         path = self.folder / "record.json"
         if not path.exists():
             return None
-        record = records.read(path)
-        if record["fingerprint"] == self.fingerprint:
-            return record
+        try:
+            record = records.read(path)
+            if record["fingerprint"] == self.fingerprint and (self.folder / "best.pt").exists():
+                return record
+        except PicogptError as error:
+            if not replace:
+                raise
+            warnings.warn(f"{error}; it is replaced", stacklevel=2)
         self._refuse_unless(replace)
         for name in ("record.json", "best.pt", "metrics.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
@@ -258,10 +275,8 @@ class Trainer:
         """Load the last checkpoint, if there is one; return the step to go on from."""
         self.work.mkdir(exist_ok=True)
         if self.last.exists():
-            state, warning = checkpoint.load_state(self.last)
-            if warning:
-                warnings.warn(warning, stacklevel=2)
-            if state["fingerprint"] == self.fingerprint:
+            state = self._load_state(replace)
+            if state and state["fingerprint"] == self.fingerprint:
                 checkpoint.load_tensors(self.model, state["model"], self.last)
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.progress = Progress(**state["progress"])
@@ -275,6 +290,18 @@ class Trainer:
         write_text(self.metrics, "".join(line + "\n" for line in kept))
         return self.progress.step
 
+    def _load_state(self, replace: bool) -> dict[str, Any] | None:
+        """The last good state; with `replace`, None where none can be read."""
+        try:
+            state, warning = checkpoint.load_state(self.last)
+        except PicogptError as error:
+            if not replace:
+                raise PicogptError(f"{error}; --replace starts over") from error
+            state, warning = None, f"{error}; starting over"
+        if warning:
+            warnings.warn(warning, stacklevel=3)
+        return state
+
     def _refuse_unless(self, replace: bool) -> None:
         if not replace:
             raise PicogptError(
@@ -287,7 +314,8 @@ class Trainer:
         results = {
             "val_loss_before": p.before["val_loss"],
             "train_loss_before": p.before.get("train_loss_exact"),
-            **self._last_losses(),
+            "val_loss_after": p.after["val_loss"],
+            "train_loss_after": p.after.get("train_loss_exact"),
             "best_val_loss": p.best_val_loss,
             "best_step": p.best_step,
             "best_epoch": round(self.sampler.epoch(p.best_step), 4),
@@ -318,14 +346,10 @@ class Trainer:
             "results": results,
         }
         for name in ("best.pt", "metrics.jsonl"):
-            os.replace(self.work / name, self.folder / name)
+            place(self.work / name, self.folder / name)  # both names, until the record is written
         records.write(self.folder / "record.json", record)
         shutil.rmtree(self.work)
         return record
-
-    def _last_losses(self) -> dict[str, float | None]:
-        rows = [row for row in records.read_lines(self.metrics) if "val_loss" in row]
-        return {"val_loss_after": rows[-1]["val_loss"], "train_loss_after": rows[-1].get("train_loss_exact")}
 
 
 @contextmanager

@@ -8,9 +8,12 @@ import sys
 import yaml
 from filelock import FileLock, Timeout
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 # Bash stops at the first error, as by default; and `.venv/bin/snakemake` works without activating the environment.
-shell.prefix(f'set -euo pipefail; export PATH="{Path(sys.executable).parent}:$PATH"; ')
+# With --sdm conda the environment's own picogpt must come first.
+if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
+    shell.prefix(f'set -euo pipefail; export PATH="{Path(sys.executable).parent}:$PATH"; ')
 
 MODELS = ["char_bigram", "char_transformer"]
 RUN = config["run"]
@@ -33,7 +36,8 @@ def hold_folder():
 
 def own_text():
     """Whether `corpus` is the path of a file, as my.txt or texts/mine, and not the name of a registered corpus."""
-    return isinstance(config["corpus"], str) and bool({".", "/"} & set(config["corpus"]))
+    text = config["corpus"]
+    return isinstance(text, str) and (Path(text).suffix != "" or len(Path(text).parts) > 1)
 
 
 def corpus_file():

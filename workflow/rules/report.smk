@@ -8,6 +8,7 @@ localrules:
     page,
 
 
+PUBLISHED = Path(workflow.basedir, "../config/published.yaml")
 RECORDS = expand(f"weights/{{model}}/{RUN}/record.json", model=MODELS)
 SAMPLES = {
     f"{model}_{stage}": f"results/samples/{model}_{stage}.txt" for model in MODELS for stage in ("untrained", "trained")
@@ -18,6 +19,7 @@ rule loss_curve:
     """Draw how the losses fell, beside the published values, with every epoch and the best step marked."""
     input:
         multiext(f"weights/{{model}}/{RUN}/", "record.json", "metrics.jsonl"),
+        PUBLISHED,
     output:
         report(
             "media/{model}_loss.png",
@@ -41,7 +43,8 @@ rule loss_curve:
 rule summary:
     """Put each published number beside the measured one, and say whether it was reproduced and why not."""
     input:
-        RECORDS,
+        records=RECORDS,
+        published=PUBLISHED,
     output:
         report(
             "results/summary.csv",
@@ -57,7 +60,7 @@ rule summary:
         runtime=5,
         mem_mb=500,
     shell:
-        "picogpt report summary {input:q}" " --out {output:q}" " > {log:q} 2>&1"
+        "picogpt report summary {input.records:q}" " --out {output:q}" " > {log:q} 2>&1"
 
 
 rule page:
