@@ -309,7 +309,7 @@ def test_compiled_training_learns_the_same_and_saves_plain_names(tokens: TokenDa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
-def test_a_gpu_trains_and_resumes(tokens: TokenData, tmp_path: Path):
+def test_a_gpu_trains(tokens: TokenData, tmp_path: Path):
     experiment = small_experiment()
     experiment = experiment.model_copy(
         update={"runtime": experiment.runtime.model_copy(update={"device": "cuda", "compile": "auto"})}
