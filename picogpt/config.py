@@ -121,7 +121,8 @@ class RuntimeConfig(Settings):
     @field_validator("compile", mode="before")
     @classmethod
     def _yaml_booleans(cls, value: Any) -> Any:
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        # YAML reads a bare on or off as a boolean.
+        return ("off", "on")[value] if isinstance(value, bool) else value
 
     threads: int = Field(0, ge=0, description="CPU threads; 0: one a core")
     log_interval: int = Field(10, ge=1, description="steps between two lines of the metrics file")

@@ -36,7 +36,7 @@ from picogpt.models.bigram import closed_form_loss
 from picogpt.progress import Training
 from picogpt.train import checkpoint
 from picogpt.train.evaluate import autocast, evaluate
-from picogpt.train.optim import Optimizer, clip_gradients
+from picogpt.train.optim import Optimizer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -169,7 +169,7 @@ class Trainer:
         if self.device.kind == "cpu":  # on a GPU reading the loss would wait for it; there each log line is checked
             self._require_finite(loss.item(), step + 1)
         if self.config.grad_clip:
-            clip_gradients(self.model, self.config.grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step(step)
         return loss
 
@@ -260,7 +260,7 @@ class Trainer:
             return None
         try:
             record = records.read(path)
-            if record["fingerprint"] == self.fingerprint and (self.folder / "best.pt").exists():
+            if record.get("fingerprint") == self.fingerprint and (self.folder / "best.pt").exists():
                 return record
         except PicogptError as error:
             if not replace:

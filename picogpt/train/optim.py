@@ -117,11 +117,6 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
     return config.final_learning_rate_fraction + (1 - config.final_learning_rate_fraction) * left
 
 
-def clip_gradients(model: nn.Module, largest_norm: float) -> torch.Tensor:
-    """Scale the gradients down to a global norm of `largest_norm`; return the norm before, on the device."""
-    return nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
-
-
 def _sort(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Parameters as (embeddings, matrices of the blocks, the rest: head, gains and biases)."""
     embedding_ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
