@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from picogpt.errors import UsageError
 from picogpt.files import read_text
 
-MODEL_KINDS = ("char-bigram", "char-transformer")
+MODEL_KINDS = ("char-bigram", "char-transformer", "gpt2")
 
 
 class Settings(BaseModel):
@@ -56,20 +56,41 @@ class CharTransformerConfig(Settings):
         return self
 
 
-ModelConfig = Annotated[CharBigramConfig | CharTransformerConfig, Field(discriminator="kind")]
+class GPT2Config(Settings):
+    """GPT-2. The published sizes, as n_layer, n_head, n_embd: 124M 12, 12, 768; 355M 24, 16, 1024;
+    774M 36, 20, 1280; 1558M 48, 25, 1600."""
+
+    kind: Literal["gpt2"]
+    n_layer: int = Field(12, ge=1, description="number of blocks")
+    n_head: int = Field(12, ge=1, description="attention heads of a block")
+    n_embd: int = Field(768, ge=1, description="width of the residual stream")
+    block_size: int = Field(1024, ge=2, description="context length, in tokens")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the embedding, the attention and each branch")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> GPT2Config:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        return self
+
+
+ModelConfig = Annotated[CharBigramConfig | CharTransformerConfig | GPT2Config, Field(discriminator="kind")]
 
 
 class TrainConfig(Settings):
     """Everything that changes what is learned."""
 
     seed: int = Field(1337, ge=0, lt=2**31, description="of the initial weights, the data order and dropout")
+    init: Literal["scratch", "pretrained"] = Field(
+        "scratch", description="initial weights: drawn from the seed, or OpenAI's of the same shape (gpt2 only)"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over the training text (this or steps)")
     steps: int | None = Field(None, ge=1, description="optimizer steps (this or epochs)")
     batch_size: int = Field(16, ge=1, description="sequences of an optimizer step, over all ranks")
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="sequences of one forward pass on one rank; smaller than the batch: accumulate gradients",
+        description="sequences of one forward pass on one rank; default: what suits the device; gradients accumulate",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the matrix products, also in evaluation; auto: bfloat16 where the device is fast at it"
@@ -101,12 +122,6 @@ class TrainConfig(Settings):
     def _consistent(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size};"
-                f" these do: {', '.join(map(str, divisors))}"
-            )
         return self
 
 
@@ -151,6 +166,21 @@ class PipelineModel(Settings):
     untrained_characters: int = Field(ge=1, description="length of the sample from the initial weights")
 
 
+class PipelineGPT2(Settings):
+    """What the pipeline does with GPT-2, its own and OpenAI's."""
+
+    config: str = Field("auto", description="a file of config/models/; auto: the one for this machine")
+    set: list[str] = Field([], description="overrides, as for --set: [train.steps=100]")
+    sample_tokens: int = Field(ge=1, description="length of the sample from the trained model")
+    prompts: Annotated[list[str], Field(min_length=1)] = Field(description="continued by both models, side by side")
+    prompt_tokens: int = Field(ge=1, description="length of each continuation")
+    dtypes: Annotated[list[Literal["float32", "bfloat16", "int8"]], Field(min_length=1)] = Field(
+        description="in which loss and sampling speed are measured; the first one stands in the comparison"
+    )
+    throughput_tokens: int = Field(ge=1, description="tokens of a run of the sampling benchmark")
+    throughput_runs: int = Field(ge=2, description="runs of the sampling benchmark")
+
+
 class Pipeline(Settings):
     """`config/config.yaml`: what the pipeline runs."""
 
@@ -164,6 +194,7 @@ class Pipeline(Settings):
     size: Literal["auto", "cpu", "gpu"] = Field("auto", description="which settings of a model; auto: by what is here")
     char_bigram: PipelineModel
     char_transformer: PipelineModel
+    gpt2: PipelineGPT2
 
 
 SCHEMAS: dict[str, type[Settings]] = {"experiment": Experiment, "pipeline": Pipeline}

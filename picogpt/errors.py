@@ -25,3 +25,10 @@ class Interrupted(PicogptError):
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.exit_status = 128 + signal_number
+
+
+def innermost(error: BaseException) -> str:
+    """The last cause in a chain of library errors: the one a person understands."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return str(error) or type(error).__name__

@@ -41,14 +41,17 @@ def counting(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class Training:
-    """A bar of steps with loss, tokens/s and time left; on a file or a pipe a line every few seconds."""
+    """A bar of steps with loss, tokens/s and time left; on a file or a pipe a line every few seconds.
 
-    def __init__(self, name: str, total_steps: int, start_step: int):
-        self.name, self.total = name, total_steps
+    With `shown` false it is silent: one rank of several speaks.
+    """
+
+    def __init__(self, name: str, total_steps: int, start_step: int, shown: bool = True):
+        self.name, self.total, self.shown = name, total_steps, shown
         self._first: tuple[int, float] | None = None  # step and time of the first update: rates count from there
         self._last_line = -LINE_INTERVAL_S
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -66,6 +69,8 @@ class Training:
 
     def update(self, step: int, loss: float, tokens_per_second: float, val_loss: float | None) -> None:
         """Show that `step` steps are done. `loss` in nats a token, `val_loss` the latest one."""
+        if not self.shown:
+            return
         note = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         if val_loss is not None:
             note += f"  val {val_loss:.4f}"
@@ -85,7 +90,7 @@ class Training:
         """Print a line above the bar."""
         if self._bar:
             self._bar.console.print(text, highlight=False)
-        else:
+        elif self.shown:
             print(text, file=sys.stderr, flush=True)
 
 

@@ -1,22 +1,27 @@
-"""Decoding: one token after another from any model.
+"""Decoding: one token after another from any model, for one prompt or many, with a cache or without.
 
 The context of a token never exceeds the model's block size. When it is full, decoding goes on from the last
 half block: the context is read in again and grows anew. This depends on the position alone, so that decoding
 with a cache and without give the same tokens.
+
+Chance, too, is settled beforehand: text number i draws its numbers from seed + i, one for each token, whatever
+else is sampled beside it and wherever.
 """
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from picogpt import hardware
-from picogpt.data.tokenizers import CharTokenizer
+from picogpt.data.tokenizers import Tokenizer
 from picogpt.errors import UsageError
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
@@ -46,39 +51,108 @@ class Decoding:
 @torch.inference_mode()
 def generate(
     model: LanguageModel,
-    prompt: torch.Tensor,
+    prompts: Sequence[torch.Tensor],
     count: int,
     decoding: Decoding,
     seed: int,
-    on_token: Callable[[torch.Tensor], None] = lambda tokens: None,
+    on_token: Callable[[torch.Tensor], bool | None] = lambda tokens: None,
     cached: bool = True,
 ) -> torch.Tensor:
-    """Continue `prompt` (B, T) of int64 ids by `count` tokens; returns the new ones, (B, count).
+    """Continue each of `prompts`, int64 ids of any length (T,), by `count` tokens; returns the new ones, (B, count).
 
-    The same seed gives the same tokens, with a cache and without. `on_token` gets each column (B,) as it is made.
+    The same seed gives the same tokens, with a cache and without, and a prompt the same ones beside others as alone.
+    `on_token` gets each column (B,) as it is made; once it returns True no more are made.
 
-    Raises UsageError when `count` is below 1 or the prompt is empty.
+    Raises UsageError when `count` is below 1 or a prompt is empty.
     """
     if count < 1:
         raise UsageError(f"-n {count} must be 1 or more")
-    if prompt.size(1) == 0:
+    if min(len(prompt) for prompt in prompts) == 0:
         raise UsageError("the prompt is empty: give at least one character")
-    batch, length = prompt.shape
-    block_size = model.config.block_size
-    random = torch.Generator().manual_seed(seed)
-    tokens = torch.empty(batch, length + count, dtype=torch.int64, device=prompt.device)
-    tokens[:, :length] = prompt
-    cache: KVCache | None = None
-    cache_first, read = -1, 0
-    for position in range(length, length + count):
-        first = context_start(position, length, block_size)
-        if cached and first != cache_first:
-            cache, cache_first, read = model.new_cache(batch), first, first
-        logits = model(tokens[:, read if cache else first : position], cache=cache)
-        read = position
-        tokens[:, position] = choose(logits[:, -1], decoding, random)
-        on_token(tokens[:, position])
-    return tokens[:, length:]
+    lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
+    longest, block_size = max(lengths), model.config.block_size
+    # Prompts end in the same column; a shorter one begins further to the right.
+    indents = [longest - length for length in lengths]
+    tokens = torch.zeros(len(prompts), longest + count, dtype=torch.int64, device=device)
+    for row, indent, prompt in zip(tokens, indents, prompts, strict=True):
+        row[indent:longest] = prompt
+    chances = torch.stack(
+        [torch.rand(count, generator=_generator(seed + row), dtype=torch.float64) for row in range(len(prompts))]
+    )
+    chances = chances.to(device)  # (B, count)
+    decoder = _Decoder(model, len(prompts), decoding, ragged=len(set(lengths)) > 1) if cached else None
+    starts: list[int] = []
+    for made in range(count):
+        column = longest + made
+        before, starts = starts, [
+            indent + context_start(length + made, length, block_size)
+            for indent, length in zip(indents, lengths, strict=True)
+        ]  # fmt: skip
+        if decoder is None:
+            # What decoding means: each text by itself, its whole context anew.
+            logits = torch.cat(
+                [model(row[None, start:column])[:, -1] for row, start in zip(tokens, starts, strict=True)]
+            )
+            tokens[:, column] = choose(logits, decoding, chances[:, made])
+        elif starts != before:
+            tokens[:, column] = decoder.read(tokens[:, min(starts) : column], starts, chances[:, made])
+        else:
+            tokens[:, column] = decoder.next(tokens[:, column - 1 : column], chances[:, made])
+        if on_token(tokens[:, column]):
+            return tokens[:, longest : column + 1]
+    return tokens[:, longest:]
+
+
+class _Decoder:
+    """The model with its cache: `read` takes contexts, `next` the newest token. On a GPU `next` is one CUDA graph."""
+
+    def __init__(self, model: LanguageModel, batch_size: int, decoding: Decoding, ragged: bool):
+        self.model, self.decoding, self.ragged = model, decoding, ragged
+        self.device = next(model.parameters()).device
+        padding = torch.zeros(batch_size, dtype=torch.int64, device=self.device) if ragged else None
+        self.cache: KVCache | None = model.new_cache(batch_size, padding, fixed=self.device.type == "cuda")
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def read(self, contexts: torch.Tensor, starts: Sequence[int], chances: torch.Tensor) -> torch.Tensor:
+        """Read contexts (B, T), of which row b begins at column starts[b] - min(starts); return the tokens after them."""
+        if self.cache is not None:
+            self.cache.restart([start - min(starts) for start in starts] if self.ragged else None)
+        return self._step(contexts, chances)
+
+    def next(self, newest: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+        """The tokens after `newest` (B, 1)."""
+        if self.device.type != "cuda" or self.cache is None:
+            return self._step(newest, chances)
+        if self.graph is None:
+            self._capture(newest, chances)
+        self.newest.copy_(newest)
+        self.chances.copy_(chances)
+        self.graph.replay()  # type: ignore[union-attr]
+        self.cache.length += 1
+        return self.chosen
+
+    def _step(self, tokens: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+        return choose(self.model(tokens, cache=self.cache)[:, -1], self.decoding, chances)
+
+    def _capture(self, newest: torch.Tensor, chances: torch.Tensor) -> None:
+        """Record one step as a graph: hundreds of small kernels, launched at once from then on."""
+        cache = self.cache
+        assert cache is not None
+        self.newest, self.chances = newest.clone(), chances.clone()
+        length, last = cache.length, cache.last.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up at their first calls
+            for _ in range(3):
+                self._step(self.newest, self.chances)
+                cache.rewind(length)
+                cache.last.copy_(last)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.chosen = self._step(self.newest, self.chances)
+        cache.rewind(length)
+        cache.last.copy_(last)
 
 
 def context_start(position: int, prompt_length: int, block_size: int) -> int:
@@ -89,12 +163,15 @@ def context_start(position: int, prompt_length: int, block_size: int) -> int:
     return first + max(0, -(-(position - first - block_size) // hop)) * hop
 
 
-def choose(logits: torch.Tensor, decoding: Decoding, random: torch.Generator) -> torch.Tensor:
-    """Draw one token a row from logits (B, V); returns ids (B,)."""
+def choose(logits: torch.Tensor, decoding: Decoding, chances: torch.Tensor) -> torch.Tensor:
+    """One token a row from logits (B, V) by numbers in [0, 1), chances (B,) of float64; returns ids (B,).
+
+    The token is where the cumulative probability passes the row's number: no look from the host, nothing random.
+    """
     if decoding.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double().cpu()
-    logits = (logits - logits.max(-1, keepdim=True).values) / decoding.temperature  # at most 0: nothing overflows
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / decoding.temperature  # at most 0: nothing overflows
     if decoding.top_k is not None and decoding.top_k < logits.size(-1):
         lowest = logits.topk(decoding.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
@@ -104,38 +181,151 @@ def choose(logits: torch.Tensor, decoding: Decoding, random: torch.Generator) ->
         beyond = before >= decoding.top_p
         dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)
         logits = logits.masked_fill(dropped, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
+    reached = logits.exp_().cumsum(-1)  # (B, V)
+    passed = torch.searchsorted(reached, chances[:, None] * reached[:, -1:], right=True)[:, 0]
+    return passed.clamp(max=logits.size(-1) - 1)
+
+
+class TextStream:
+    """Tokens in, text out as soon as it is certain: whole characters, and nothing that may turn out to be a stop."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), at_end_of_text: bool = True):
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.last_id = tokenizer.end_of_text if at_end_of_text else None
+        self.tokens = 0
+        self.ended = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """The text that is certain once `token` is known; nothing any more after a stop."""
+        if self.ended:
+            return ""
+        self.tokens += 1
+        if token == self.last_id:
+            return self.close()
+        return self._certain(self._decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def close(self) -> str:
+        """What was held back, as no more tokens come."""
+        if self.ended:
+            return ""
+        text = self._certain(self._decoder.decode(b"", final=True))
+        if not self.ended:
+            text, self._held, self.ended = text + self._held, "", True
+        return text
+
+    def _certain(self, text: str) -> str:
+        self._held += text
+        places = [place for place in map(self._held.find, self.stops) if place >= 0]
+        if places:
+            self.ended = True
+            return self._held[: min(places)]
+        # The end may be the beginning of a stop.
+        longest = max(map(len, self.stops), default=0)
+        first = max(0, len(self._held) - longest + 1) if longest else len(self._held)
+        for start in range(first, len(self._held)):
+            if any(stop.startswith(self._held[start:]) for stop in self.stops):
+                certain, self._held = self._held[:start], self._held[start:]
+                return certain
+        certain, self._held = self._held, ""
+        return certain
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sampled text."""
+
+    text: str
+    tokens: int
+
+
+def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32") -> LanguageModel:
+    """Put a model where and in what it shall decode: float32, bfloat16, or int8 (weights alone, GPT-2 alone).
+
+    Raises UsageError when the device is not here or the model has no int8.
+    """
+    where = hardware.select(device)
+    torch.set_num_threads(hardware.cpu_count())
+    if dtype == "int8":
+        from picogpt.models.gpt2 import GPT2
+        from picogpt.models.quantize import quantize
+
+        if not isinstance(model, GPT2):
+            raise UsageError("--dtype int8 is for gpt2; the character models fit into a cache as they are")
+        model = quantize(model)
+    elif dtype == "bfloat16":
+        model = model.bfloat16()
+    return model.to(where.torch_name).eval()
 
 
 def sample_texts(
     model: LanguageModel,
-    tokenizer: CharTokenizer,
-    prompt: str,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
     count: int,
-    samples: int,
     decoding: Decoding,
     seed: int,
-    device: str = "auto",
+    stops: Sequence[str] = (),
+    at_end_of_text: bool = True,
     cached: bool = True,
-    on_token: Callable[[int], None] | None = None,
-) -> tuple[list[str], float]:
-    """Continue `prompt` by `count` tokens, `samples` times; returns the new texts and the tokens/s of all together.
+    on_text: Callable[[str], None] | None = None,
+) -> tuple[list[Sample], float]:
+    """Continue each prompt by `count` tokens, or up to a stop; returns the samples and the seconds they took.
 
-    `on_token` gets each token of the first text as it is made.
+    `on_text` gets the text of the first prompt as it is made.
 
-    Raises UsageError when the prompt is empty or has characters that the tokenizer lacks.
+    Raises UsageError when a prompt is empty or has characters that the tokenizer lacks.
     """
-    where = hardware.select(device).torch_name
-    ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(where)
+    device = next(model.parameters()).device
+    ids = [torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device) for prompt in prompts]
+    streams = [TextStream(tokenizer, stops, at_end_of_text) for _ in prompts]
+    texts = ["" for _ in prompts]
     began = time.perf_counter()
-    with nullcontext() if on_token else counting("sampling", count) as advance:
 
-        def show(tokens: torch.Tensor) -> None:
-            if on_token:
-                on_token(int(tokens[0]))
-            elif advance:
+    def add(row: int, text: str) -> None:
+        texts[row] += text
+        if row == 0 and on_text and text:
+            on_text(text)
+
+    with nullcontext() if on_text else counting("sampling", count) as advance:
+
+        def take(tokens: torch.Tensor) -> bool:
+            if advance:
                 advance(1)
+            for row, token in enumerate(tokens.tolist()):
+                add(row, streams[row].push(token))
+            return all(stream.ended for stream in streams)
 
-        new = generate(model.to(where), ids.repeat(samples, 1), count, decoding, seed, show, cached)
-    texts = [tokenizer.decode(row) for row in new.cpu().numpy()]
-    return texts, samples * count / (time.perf_counter() - began)
+        generate(model, ids, count, decoding, seed, take, cached)
+    for row, stream in enumerate(streams):
+        add(row, stream.close())
+    seconds = time.perf_counter() - began
+    return [Sample(text, stream.tokens) for text, stream in zip(texts, streams, strict=True)], seconds
+
+
+def check_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> None:
+    """Raises UsageError when the prompt is empty, or has more tokens than the context holds."""
+    length = len(tokenizer.encode(prompt))
+    if length == 0:
+        raise UsageError("the prompt is empty: give at least one character")
+    if length > block_size:
+        raise UsageError(
+            f"the prompt has {length:,} tokens and the context of this model holds {block_size:,}:"
+            " shorten it, or read its end alone with --truncate"
+        )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)
+
+
+def first_prompt(tokenizer: Tokenizer, documents: bool) -> str:
+    """What a text without a prompt begins from: the end of the document before it, or a line break."""
+    if documents and tokenizer.end_of_text is not None:
+        return tokenizer.decode([tokenizer.end_of_text])
+    try:
+        tokenizer.encode("\n")
+        return "\n"
+    except UsageError:  # a vocabulary of characters without one
+        return tokenizer.decode([0])

@@ -14,6 +14,7 @@ import pytest
 
 from picogpt import cli
 from picogpt.config import Experiment
+from picogpt.data.bpe import GPT2Tokenizer, fetch_ranks
 from picogpt.data.tokens import TokenData, tokenize_chars
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,3 +157,16 @@ def server() -> Iterator[Server]:
         yield state
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def gpt2_resources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with GPT-2's merge ranks, from the mirror or the package index that pip is set to."""
+    folder = tmp_path_factory.mktemp("resources")
+    fetch_ranks(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_resources: Path) -> GPT2Tokenizer:
+    return GPT2Tokenizer.fetched(gpt2_resources)

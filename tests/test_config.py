@@ -48,7 +48,6 @@ def test_every_model_has_settings_for_every_size(kind: str, size: str):
         ({"train": {"steps": "many"}}, ["train.steps", "many", "integer"]),
         ({"train": {"steps": 5, "epochs": 2}}, ["exactly one of epochs and steps"]),
         ({"train": {}}, ["exactly one of epochs and steps"]),
-        ({"train": {"steps": 5, "batch_size": 12, "micro_batch_size": 5}}, ["5", "12", "1, 2, 3, 4, 6, 12"]),
         ({"train": {"steps": 5, "optimizer": "sgd"}}, ["train.optimizer", "sgd", "adamw", "muon"]),
         ({"runtime": {"device": "tpu"}}, ["runtime.device", "tpu"]),
         ({"model": {"kind": "char-transformer", "n_embd": 100, "n_head": 3}}, ["n_embd=100", "n_head=6"]),

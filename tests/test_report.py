@@ -62,6 +62,7 @@ def test_another_corpus_is_never_compared_and_nothing_is_never_measured():
 
 def test_the_published_numbers_of_the_character_models_are_all_there():
     metrics = {(number.section, number.metric) for number in numbers()}
+    metrics = {(section, metric) for section, metric in metrics if section.startswith("char")}
     wanted = "train loss before|val loss before|train loss after|val loss after|best val loss|best epoch|final val loss"
     assert metrics == {
         (section, metric) for section in ("char bigram", "char transformer") for metric in wanted.split("|")

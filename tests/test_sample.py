@@ -5,19 +5,21 @@ import torch
 from conftest import small_experiment
 
 from picogpt import models
+from picogpt.config import CharBigramConfig, GPT2Config
 from picogpt.errors import UsageError
-from picogpt.sample import Decoding, choose, context_start, generate
+from picogpt.models.language_model import LanguageModel
+from picogpt.sample import Decoding, TextStream, choose, context_start, generate, prepare
 
 V = 11
 
 
-@pytest.fixture(params=["char-transformer", "char-bigram"])
-def model(request: pytest.FixtureRequest) -> models.LanguageModel:
-    config = small_experiment().model
-    if request.param == "char-bigram":
-        from picogpt.config import CharBigramConfig
-
-        config = CharBigramConfig(kind="char-bigram", block_size=16)
+@pytest.fixture(params=["char-transformer", "char-bigram", "gpt2"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    config = {
+        "char-transformer": small_experiment().model,
+        "char-bigram": CharBigramConfig(kind="char-bigram", block_size=16),
+        "gpt2": GPT2Config(kind="gpt2", n_layer=2, n_head=2, n_embd=16, block_size=16),
+    }[request.param]
     built = models.build(config, V, seed=1).eval()
     torch.manual_seed(0)
     for parameter in built.parameters():
@@ -25,29 +27,55 @@ def model(request: pytest.FixtureRequest) -> models.LanguageModel:
     return built
 
 
-@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 40])
+def prompts_of(*lengths: int) -> list[torch.Tensor]:
+    return [torch.randint(V, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths]
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (5,), (15,), (16,), (17, 17), (40,), (1, 5, 40), (16, 2, 17, 9)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_with_and_without_a_cache_the_text_is_the_same_also_past_the_context(model, length: int, temperature: float):
-    prompt = torch.randint(V, (2, length), generator=torch.Generator().manual_seed(length))
-    decoding = Decoding(temperature)
-    cached = generate(model, prompt, 50, decoding, seed=3)
-    assert cached.shape == (2, 50)
-    assert torch.equal(cached, generate(model, prompt, 50, decoding, seed=3, cached=False))
+def test_with_and_without_a_cache_the_text_is_the_same_also_past_the_context(model, lengths, temperature: float):
+    prompts, decoding = prompts_of(*lengths), Decoding(temperature)
+    cached = generate(model, prompts, 50, decoding, seed=3)
+    assert cached.shape == (len(lengths), 50)
+    assert torch.equal(cached, generate(model, prompts, 50, decoding, seed=3, cached=False))
+
+
+def test_a_prompt_gives_the_same_text_beside_others_as_alone(model):
+    prompts = prompts_of(3, 20, 7)
+    together = generate(model, prompts, 30, Decoding(), seed=5)
+    for row, prompt in enumerate(prompts):
+        assert torch.equal(together[row : row + 1], generate(model, [prompt], 30, Decoding(), seed=5 + row))
+
+
+@pytest.mark.parametrize("lengths", [(4,), (4, 9)])
+def test_a_step_of_fixed_shape_gives_the_same(model, lengths, monkeypatch: pytest.MonkeyPatch):
+    """What a CUDA graph replays on a GPU: masks over the whole cache, and a place known to the device alone."""
+    prompts = prompts_of(*lengths)
+    expected = generate(model, prompts, 40, Decoding(), seed=3)
+    new_cache = type(model).new_cache
+    monkeypatch.setattr(
+        type(model), "new_cache", lambda self, batch, padding=None, fixed=False: new_cache(self, batch, padding, True)
+    )
+    assert torch.equal(generate(model, prompts, 40, Decoding(), seed=3), expected)
 
 
 def test_the_seed_decides_the_text(model):
-    prompt = torch.zeros(1, 1, dtype=torch.int64)
-    first, again, other = (generate(model, prompt, 30, Decoding(), seed) for seed in (1, 1, 2))
+    first, again, other = (generate(model, prompts_of(1), 30, Decoding(), seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_tokens_are_handed_over_as_they_are_made(model):
+def test_tokens_are_handed_over_as_they_are_made_and_may_be_enough(model):
     made = []
-    tokens = generate(
-        model, torch.zeros(2, 1, dtype=torch.int64), 9, Decoding(), 1, lambda column: made.append(column.clone())
-    )
+    tokens = generate(model, prompts_of(1, 1), 9, Decoding(), 1, lambda column: made.append(column.clone()))
     assert torch.equal(torch.stack(made, 1), tokens)
+    made = []
+
+    def take(column: torch.Tensor) -> bool:
+        made.append(column)
+        return len(made) == 4
+
+    assert torch.equal(generate(model, prompts_of(1, 1), 9, Decoding(), 1, take), tokens[:, :4])
 
 
 @pytest.mark.parametrize("prompt_length", [1, 15, 16, 17, 100])
@@ -60,13 +88,14 @@ def test_the_context_is_never_longer_than_a_block_nor_shorter_than_half(prompt_l
 
 def test_temperature_zero_takes_the_most_likely():
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
-    assert choose(logits, Decoding(0), torch.Generator()).tolist() == [1, 0]
+    assert choose(logits, Decoding(0), torch.zeros(2)).tolist() == [1, 0]
 
 
 def drawn(decoding: Decoding, probabilities: list[float], draws: int = 4000) -> list[float]:
     """Frequencies of what is chosen."""
     logits = torch.tensor([probabilities]).log().repeat(draws, 1)
-    ids = choose(logits, decoding, torch.Generator().manual_seed(0))
+    chances = torch.rand(draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ids = choose(logits, decoding, chances)
     return [(ids == index).float().mean().item() for index in range(len(probabilities))]
 
 
@@ -86,6 +115,70 @@ def drawn(decoding: Decoding, probabilities: list[float], draws: int = 4000) -> 
 )
 def test_tokens_are_drawn_from_the_filtered_probabilities(decoding: Decoding, expected: list[float]):
     assert drawn(decoding, [0.1, 0.5, 0.1, 0.3]) == pytest.approx(expected, abs=0.03)
+
+
+def test_the_ends_of_the_range_never_give_what_is_impossible():
+    logits = torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0]]).log().repeat(2, 1)
+    chances = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert choose(logits, Decoding(), chances).tolist() == [1, 3]
+
+
+class Bytes:
+    """A tokenizer of bytes: the id is the byte, 256 the end."""
+
+    end_of_text = 256
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return bytes(ids)
+
+
+def streamed(text: str | bytes, stops: tuple[str, ...] = (), **options) -> list[str]:
+    stream = TextStream(Bytes(), stops, **options)  # type: ignore[arg-type]
+    ids = list(text.encode() if isinstance(text, str) else text)
+    return [*(stream.push(token) for token in ids), stream.close()]
+
+
+def test_a_character_is_never_broken():
+    parts = streamed("aé東🙂")
+    assert parts == ["a", "", "é", "", "", "東", "", "", "", "🙂", ""]
+    assert "".join(streamed("🙂".encode()[:3] + b"x")) == "\ufffdx"
+    assert streamed("🙂".encode()[:2])[-1] == "\ufffd"
+
+
+def test_text_ends_before_a_stop_and_nothing_of_it_is_shown():
+    assert "".join(streamed("one END two", ("END",))) == "one "
+    assert "".join(streamed("one EN", ("END",))) == "one EN"  # it was none after all
+    assert "".join(streamed("EENDx", ("END",))) == "E"
+    assert "".join(streamed("a\n\nb", ("\n\n", "b"))) == "a"
+    assert streamed("abEN", ("END",))[:4] == ["a", "b", "", ""]
+
+
+def test_the_end_of_a_document_ends_the_text():
+    stream = TextStream(Bytes())  # type: ignore[arg-type]
+    assert stream.push(97) + stream.push(256) + stream.push(98) == "a"
+    assert (stream.ended, stream.tokens) == (True, 2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_other_dtypes_stay_close(dtype: str):
+    config = GPT2Config(kind="gpt2", n_layer=2, n_head=2, n_embd=64, block_size=32)
+    expected = models.build(config, 300, seed=1).eval()
+    model = prepare(models.build(config, 300, seed=1), "cpu", dtype)
+    idx = torch.randint(300, (1, 32))
+    with torch.no_grad():
+        logits, reference = model(idx), expected(idx)
+        assert model(idx, idx).item() == pytest.approx(expected(idx, idx).item(), abs=0.01)
+        few = model(idx[:, :3])  # few rows take another way
+    assert logits.dtype == torch.bfloat16
+    spread = reference.std()
+    assert (logits.float() - reference).abs().max() < 0.1 * spread
+    assert (few.float() - reference[:, :3]).abs().max() < 0.1 * spread
+    assert generate(model, prompts_of(5), 40, Decoding(), 1).shape == (1, 40)
+
+
+def test_int8_is_for_gpt2():
+    with pytest.raises(UsageError, match="int8 is for gpt2"):
+        prepare(models.build(small_experiment().model, V, 0), "cpu", "int8")
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
@@ -121,6 +214,14 @@ def test_the_command_line(trained, picogpt, tmp_path: Path):
     (tmp_path / "prompt.txt").write_text("the king")
     assert picogpt("sample", "char-bigram", "-n", 5, "--prompt-file", "prompt.txt").out == continued
     assert picogpt("sample", "char-bigram", "-n", 5, "--num-samples", 3).out.count("\n---\n") == 2
+    two = picogpt("sample", "char-transformer", "-n", 30, "--prompt", "the king", "--prompt", "O").out
+    assert two.split("\n---\n")[0] + "\n" == picogpt("sample", "char-transformer", "-n", 30, "--prompt", "the king").out
+    stopped = picogpt("sample", "char-bigram", "-n", 500, "--prompt", "the king", "--stop", "e", "--stream").out
+    assert stopped.startswith("the king")
+    assert "e" not in stopped.removeprefix("the king")
+    long = "the king and queen of night"
+    cut = picogpt("sample", "char-transformer", "-n", 9, "--prompt", long, "--truncate").out
+    assert cut == picogpt("sample", "char-transformer", "-n", 9, "--prompt", long[-16:]).out
     assert picogpt("sample", "char-bigram", "-n", 5, "--prompt", "the king", "--out", "o.txt").out == ""
     assert (tmp_path / "o.txt").read_text() == continued[:-1]
 
@@ -137,6 +238,8 @@ def test_the_command_line(trained, picogpt, tmp_path: Path):
         (["--num-samples", "0"], 2, "--num-samples 0"),
         (["--prompt", "ÆØ"], 2, "lacks 'Æ' 'Ø'"),
         (["--prompt", ""], 2, "prompt is empty"),
+        (["--prompt", "the king and queen of night"], 2, "has 27 tokens and the context of this model holds 16"),
+        (["--dtype", "int8"], 2, "int8 is for gpt2"),
         (["--prompt", "a", "--prompt-file", "b"], 2, "not both"),
         (["--prompt-file", "missing.txt"], 1, "missing.txt"),
         (["--ckpt", "missing.pt"], 1, "missing.pt"),

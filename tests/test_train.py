@@ -128,7 +128,7 @@ def test_accumulation_equals_one_batch(straight: Path, tokens: TokenData, tmp_pa
 def test_clipping_bounds_the_gradient(tokens: TokenData, tmp_path: Path):
     trainer = Trainer(small_experiment(grad_clip=1e-3), tokens, tmp_path)
     norms = []
-    trainer.optimizer.step = lambda step: norms.append(
+    trainer.optimizer.step = lambda step, skip: norms.append(
         math.sqrt(sum(p.grad.square().sum().item() for p in trainer.model.parameters() if p.grad is not None))
     )
     trainer._step(0)
@@ -157,7 +157,7 @@ def test_evaluation_is_the_mean_over_every_target(tokens: TokenData):
 
 def test_the_best_weights_are_kept_not_the_last(tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     losses = iter([5.0, 3.0, 2.0, 4.0, 6.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *arguments: next(losses))
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments, world: next(losses))
     results = Trainer(small_experiment(), tokens, tmp_path).run()["results"]
     assert (results["best_val_loss"], results["best_step"], results["val_loss_after"]) == (2.0, 20, 6.0)
     assert checkpoint.load_weights(tmp_path / "best.pt").step == 20

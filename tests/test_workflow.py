@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import hub
 import pytest
 import yaml
 from conftest import ROOT
@@ -29,11 +30,26 @@ SMALL = {
         "sample_characters": 100,
         "untrained_characters": 30,
     },
+    "gpt2": {
+        "set": [
+            "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16",
+            "train.steps=6", "train.eval_interval=3",
+        ],
+        "sample_tokens": 30,
+        "prompts": ["the king", "O"],
+        "prompt_tokens": 5,
+        "dtypes": ["int8"],
+        "throughput_tokens": 10,
+        "throughput_runs": 2,
+    },
 }  # fmt: skip
+TRANSFORMER_SAMPLE = "media/char_transformer_sample.txt"
 ARTIFACTS = (
     "media/char_bigram_loss.png",
     "media/char_transformer_loss.png",
-    "media/char_transformer_sample.txt",
+    TRANSFORMER_SAMPLE,
+    "media/gpt2_words_loss.png",
+    "media/gpt2_words_sample.txt",
     "results/summary.csv",
     "results/report.md",
 )
@@ -51,8 +67,19 @@ def command(folder: Path, *arguments: str) -> list[str]:
     ]  # fmt: skip
 
 
-def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, check=False, timeout=300)
+# No hub: what stands on OpenAI's weights says so, and everything else is made.
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+def snakemake(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, **NO_HUB, "HF_HUB_CACHE": str(folder / "hub"), **environment},
+    )
 
 
 def configure(folder: Path, **change: object) -> None:
@@ -84,6 +111,15 @@ def test_bare_snakemake_lists_every_job_in_a_fresh_clone(tmp_path: Path):
         shutil.copytree(ROOT / part, clone / part)
     run = subprocess.run([str(SNAKEMAKE), "-n"], cwd=clone, capture_output=True, text=True, check=True)
     expected = {"fetch_corpus", "tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page"}
+    expected |= {
+        "fetch_gpt2_ranks",
+        "fetch_pretrained",
+        "tokenize_gpt2",
+        "train_gpt2",
+        "sample_gpt2",
+        "loss_curve_gpt2",
+    }
+    expected |= {"evaluate", "bench_sampling", "bench_weights"}
     assert jobs(run) == expected
     assert "workflow/profiles/default" in run.stderr
 
@@ -94,9 +130,22 @@ def test_every_artifact_is_made(finished: Path):
     assert len((finished / "media/char_transformer_sample.txt").read_text()) == 100
     with open(finished / "results/summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["section"] for row in rows} == {"char bigram", "char transformer"}
-    assert {row["status"] for row in rows if row["measured"]} == {"not comparable"}
-    assert "Corpus: **words**" in (finished / "results/report.md").read_text()
+    by_metric = {(row["section"], row["metric"]): row for row in rows}
+    losses = [row for row in rows if row["unit"].startswith("nats") and row["measured"]]
+    assert {row["status"] for row in losses} == {"not comparable"}
+    assert float(by_metric["sample quality", "val loss, ours, int8"]["measured"]) > 8
+    assert float(by_metric["sampling throughput", "ours, this machine, int8"]["measured"]) > 0
+    for row in (
+        by_metric["sample quality", "val loss, pretrained, int8"],
+        by_metric["weights", "pretrained, safetensors"],
+    ):
+        assert (row["status"], row["measured"]) == ("not measured here", "")
+    assert by_metric["sample quality", "val loss, pretrained, int8"]["note"] == "hub unreachable"
+    published_gpu = by_metric["sampling throughput", "ours, published GPU"]
+    assert (published_gpu["published"], published_gpu["measured"], published_gpu["device"]) == ("83.92", "", "")
+    page = (finished / "results/report.md").read_text()
+    assert "Corpus: **words**" in page
+    assert "not measured here: hub unreachable" in page
     logs = {path.stem for path in (finished / "logs").glob("*.log")}
     assert {"tokenize_char", "train_char_bigram", "summary", "page"} <= logs
 
@@ -111,11 +160,14 @@ def test_a_second_run_does_nothing(finished: Path):
     ("change", "expected"),
     [
         ({"char_transformer": {"sample_characters": 50}}, {"sample", "sample_artifact", "page"}),
-        ({"char_bigram": {"set": ["model.block_size=16", "train.epochs=1"]}}, {"train", "sample", "loss_curve", "summary", "page"}),
-        ({"drop_unseen": True}, {"tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page"}),
+        ({"char_bigram": {"set": ["model.block_size=16", "train.epochs=1"]}}, {"train", "sample", "loss_curve", "summary", "page", "bench_weights"}),
+        ({"drop_unseen": True}, {"tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page", "bench_weights"}),
+        ({"gpt2": {"sample_tokens": 20}}, {"sample_gpt2", "page"}),
+        ({"gpt2": {"throughput_runs": 3}}, {"bench_sampling", "summary", "page"}),
+        ({"gpt2": {"prompts": ["my lord"]}}, {"evaluate", "summary", "page"}),
         ({}, set()),
     ],
-    ids=["sample length", "training", "tokens", "nothing"],
+    ids=["sample length", "training", "tokens", "gpt2 sample", "throughput", "prompts", "nothing"],
 )  # fmt: skip
 def test_a_changed_value_runs_what_depends_on_it(finished: Path, corpus: Path, change: dict, expected: set[str]):
     configure(finished, corpus=str(corpus))
@@ -127,11 +179,22 @@ def test_a_changed_value_runs_what_depends_on_it(finished: Path, corpus: Path, c
     configure(finished, corpus=str(corpus))
 
 
+def test_the_pretrained_rows_join_once_the_hub_answers(finished: Path):
+    with hub.running() as answering:
+        run = snakemake(finished, "-n", HF_ENDPOINT=answering.address)
+    expected = {"fetch_pretrained", "evaluate", "bench_sampling", "bench_weights", "summary", "page"}
+    assert jobs(run) == expected
+
+
 def test_a_pipeline_killed_in_the_middle_goes_on_to_the_same_results(finished: Path, corpus: Path, tmp_path: Path):
     configure(tmp_path, corpus=str(corpus))
     run = tmp_path / "weights/char_transformer/pipeline"
     process = subprocess.Popen(
-        command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(tmp_path, TRANSFORMER_SAMPLE),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, **NO_HUB},
     )
     deadline = time.monotonic() + 120
     while not (run / "checkpoints/last.pt").exists():
@@ -142,11 +205,15 @@ def test_a_pipeline_killed_in_the_middle_goes_on_to_the_same_results(finished: P
     process.wait()
     assert not (run / "record.json").exists()
 
-    again = snakemake(tmp_path)
+    again = snakemake(tmp_path, TRANSFORMER_SAMPLE)
     assert again.returncode == 0, again.stderr
     assert records.read(run / "record.json")["results"]["sessions"] == 2
-    for artifact in ("media/char_transformer_sample.txt", "results/summary.csv"):
-        assert (tmp_path / artifact).read_text() == (finished / artifact).read_text()
+    assert (tmp_path / TRANSFORMER_SAMPLE).read_text() == (finished / TRANSFORMER_SAMPLE).read_text()
+    losses = [
+        records.read(f / run.relative_to(tmp_path) / "record.json")["results"]["val_loss_after"]
+        for f in (tmp_path, finished)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_a_failing_step_fails_the_pipeline_and_shows_its_message(tmp_path: Path):

@@ -14,13 +14,14 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import requests
 import urllib3
 from pydantic import Field
 
 from picogpt.config import Settings, config_folder, parse, read_yaml
-from picogpt.errors import PicogptError, Unreachable, UsageError
+from picogpt.errors import PicogptError, Unreachable, UsageError, innermost
 from picogpt.files import locked, sha256_file
 from picogpt.progress import transfer
 
@@ -49,6 +50,7 @@ class Archive(File):
 class Asset(File):
     """What can be asked for by name."""
 
+    kind: Literal["corpus", "tokenizer"]
     title: str
     licence: str
     addresses: tuple[str, ...] = ()
@@ -168,12 +170,12 @@ def _download(address: str, file: File, target: Path) -> None:
             if error.response.status_code < 500:
                 break
         except requests.ConnectionError as error:
-            failure = f"no connection ({_innermost(error)})"
+            failure = f"no connection ({innermost(error)})"
             # A host that cannot be reached at all is not asked again; one that hung up halfway is.
             if not part.exists() or part.stat().st_size == 0:
                 break
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            failure = _innermost(error)
+            failure = innermost(error)
     kept = part.stat().st_size if part.exists() else 0
     if kept:
         failure += f"; {kept:,} of {file.size:,} bytes are kept, the next run goes on from there"
@@ -254,7 +256,7 @@ def _index_addresses(archive: Archive) -> list[str]:
                 client.s.verify = options["cert"]
             page = client.get_project_page(archive.project, timeout=TIMEOUT_S)
     except (requests.RequestException, NoSuchProjectError) as error:
-        raise Unreachable(f"the package index of pip: {_innermost(error)}") from error
+        raise Unreachable(f"the package index of pip: {innermost(error)}") from error
     return [package.url for package in page.packages if package.filename == archive.file]
 
 
@@ -270,10 +272,3 @@ def _pip_options() -> dict[str, str]:
         key, _, value = line.partition("=")
         options[key.rpartition(".")[2]] = value.strip("'\"")
     return options
-
-
-def _innermost(error: BaseException) -> str:
-    """The last cause in a chain of library errors: the one a person understands."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return str(error) or type(error).__name__

@@ -1,10 +1,11 @@
-"""Tokenizers: text to token ids and back."""
+"""What all tokenizers do, and the one that takes a character for a token."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -16,8 +17,39 @@ FORMAT = "picogpt-char-tokenizer"
 VERSION = 1
 
 
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    end_of_text: int | None
+    """The id that ends a document, where there is one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of distinct tokens."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the vocabulary: equal hashes give equal ids."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids. Raises UsageError when the text has what the vocabulary lacks."""
+        ...
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """Text of token ids."""
+        ...
+
+    def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
+        """The same in UTF-8, where a token may end inside a character."""
+        ...
+
+
 class CharTokenizer:
     """One token a character; ids in the order of the code points."""
+
+    end_of_text: int | None = None
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -84,3 +116,7 @@ class CharTokenizer:
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of token ids."""
         return "".join(self.characters[int(index)] for index in ids)
+
+    def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
+        """UTF-8 of the text of token ids."""
+        return self.decode(ids).encode()

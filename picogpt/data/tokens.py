@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from picogpt.data.tokenizers import CharTokenizer
+from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer
+from picogpt.data.tokenizers import CharTokenizer, Tokenizer
 from picogpt.errors import PicogptError
 from picogpt.files import atomic_write, locked, read_text, sha256_file
 
@@ -151,13 +153,7 @@ def tokenize_chars(
 
     Raises PicogptError when the text is empty, not UTF-8, of one character, or too short to split.
     """
-    text = read_text(text_path)
-    if not text:
-        raise PicogptError(f"{text_path} is empty")
-    cut = int(len(text) * (1 - val_fraction))
-    train, val = text[:cut], text[cut:]
-    if len(train) < 2 or len(val) < 2:
-        raise PicogptError(f"{text_path} has {len(text)} characters: too few for a training and a validation text")
+    train, val = _split(text_path, val_fraction)
     tokenizer = CharTokenizer.from_text(train)
     known = set(tokenizer.characters)
     unseen = Counter(character for character in val if character not in known)
@@ -170,8 +166,57 @@ def tokenize_chars(
     val = "".join(character for character in val if character not in unseen)
     if len(val) < 2:
         raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
-    text_sha256 = sha256_file(text_path)
     parts = [tokenizer.encode(part) for part in (train, val)]
+    return _write(
+        folder, parts, tokenizer, corpus or Path(text_path).stem, sha256_file(text_path), lambda: tokenizer.save(folder)
+    )
+
+
+def tokenize_gpt2(
+    text_paths: Sequence[str | Path],
+    folder: str | Path,
+    tokenizer: GPT2Tokenizer,
+    corpus: str | None = None,
+    val_fraction: float = 0.1,
+    threads: int = 0,
+) -> TokenData:
+    """Split UTF-8 texts, the first part of each for training, and write token files of GPT-2's tokens into `folder`.
+
+    Each text is a document, or several with `<|endoftext|>` between them; that token ends each in the files too.
+    On `threads` cores, 0 for all. The name of the corpus is `corpus`, or the first file's own name.
+
+    Raises PicogptError when a text is empty, not UTF-8, or too short to split.
+    """
+    trains, vals = zip(*(_split(path, val_fraction) for path in text_paths), strict=True)
+    parts = [
+        tokenizer.encode_documents([document for text in texts for document in text.split(END_OF_TEXT)], threads)
+        for texts in (trains, vals)
+    ]
+    hashes = [sha256_file(path) for path in text_paths]
+    text_sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return _write(folder, parts, tokenizer, corpus or Path(text_paths[0]).stem, text_sha256, lambda: None)
+
+
+def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
+    """The text in two, the last `val_fraction` of its characters for validation."""
+    text = read_text(path)
+    if not text:
+        raise PicogptError(f"{path} is empty")
+    cut = int(len(text) * (1 - val_fraction))
+    if cut < 2 or len(text) - cut < 2:
+        raise PicogptError(f"{path} has {len(text)} characters: too few for a training and a validation text")
+    return text[:cut], text[cut:]
+
+
+def _write(
+    folder: str | Path,
+    parts: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    corpus: str,
+    text_sha256: str,
+    save_tokenizer: Callable[[], None],
+) -> TokenData:
+    """Write the token files of both splits, and what else the tokenizer keeps, into `folder`."""
     data_sha256 = hashlib.sha256(b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in parts)).hexdigest()
     with locked(folder, "tokenizing"):
         for split, ids in zip(SPLITS, parts, strict=True):
@@ -181,11 +226,11 @@ def tokenize_chars(
                 vocab_size=tokenizer.vocab_size,
                 count=len(ids),
                 split=split,
-                corpus=corpus or Path(text_path).stem,
+                corpus=corpus,
                 text_sha256=text_sha256,
                 tokenizer_sha256=tokenizer.sha256,
                 data_sha256=data_sha256,
             )
             write_tokens(Path(folder) / f"{split}.bin", ids, header)
-        tokenizer.save(folder)
+        save_tokenizer()
     return open_data(folder)

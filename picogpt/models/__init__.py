@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from picogpt.config import CharBigramConfig, ModelConfig
+from picogpt.config import CharBigramConfig, CharTransformerConfig, Experiment, GPT2Config, ModelConfig
+from picogpt.errors import UsageError
 from picogpt.models.bigram import CharBigram
 from picogpt.models.char_transformer import CharTransformer
+from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel
 
 
@@ -16,4 +18,20 @@ def build(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
         torch.manual_seed(seed)
         if isinstance(config, CharBigramConfig):
             return CharBigram(config, vocab_size)
-        return CharTransformer(config, vocab_size)
+        if isinstance(config, CharTransformerConfig):
+            return CharTransformer(config, vocab_size)
+        return GPT2(config, vocab_size)
+
+
+def initial(experiment: Experiment, vocab_size: int) -> LanguageModel:
+    """The model as training finds it: with fresh weights from the seed, or with OpenAI's.
+
+    Raises PicogptError when OpenAI's weights cannot be had, UsageError when there are none of that shape.
+    """
+    if experiment.train.init == "scratch":
+        return build(experiment.model, vocab_size, experiment.train.seed)
+    from picogpt.models import pretrained  # a client of the hub, which nothing else needs
+
+    if not isinstance(experiment.model, GPT2Config):
+        raise UsageError(f"train.init=pretrained: there are pretrained weights of gpt2, not of {experiment.model.kind}")
+    return pretrained.load_for(experiment.model, vocab_size)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from picogpt.config import CharTransformerConfig
+from picogpt.models.attention import attend
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
 
@@ -51,29 +52,31 @@ class CharTransformer(LanguageModel):
     ) -> torch.Tensor:
         """Logits (B, T, V), float32; with `targets` (B, T), the mean cross-entropy in nats.
 
-        With a cache, `idx` are the tokens after those it holds: a whole prompt into an empty one, then one at a time.
+        With a cache, `idx` are the tokens after those it holds: a whole prompt into an empty one, then one at a time;
+        then the logits are those of the last position, (B, 1, V).
         """
-        start = cache.length if cache else 0
-        T = idx.size(1)
-        before = cache.last if cache and cache.last is not None else torch.full_like(idx[:, :1], self.vocab_size)
+        positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.start(idx.size(1))
+        before = idx[:, :1] if cache is None else cache.last
         previous = torch.cat((before, idx[:, :-1]), dim=1)  # (B, T)
+        previous = torch.where(positions == 0, self.vocab_size, previous)  # nothing comes before the first
         x = self.wte(idx) + self.wte_pairs(previous * self.vocab_size + idx)  # (B, T, C)
         x = F.dropout(norm(x), self.config.dropout, self.training)
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]  # (T, D/2)
+        cos, sin = (table[positions].unsqueeze(-3) for table in (self.cos, self.sin))  # (1, T, D/2) or (B, 1, T, D/2)
         for block in self.h:
             x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.advance(idx)
+            x = x[:, -1:]
         logits = self.head(norm(x)).float()  # (B, T, V)
         logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)  # no single character gets all the probability
-        if cache:
-            cache.advance(idx)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def new_cache(self, batch_size: int) -> KVCache:
+    def new_cache(self, batch_size: int, padding: torch.Tensor | None = None, fixed: bool = False) -> KVCache:
         """An empty cache for `batch_size` sequences."""
-        c = self.config
-        return KVCache(c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, like=self.head.weight)
+        c, like = self.config, self.wte.weight
+        return KVCache(c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, like, padding, fixed)
 
 
 class Block(nn.Module):
@@ -100,11 +103,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).chunk(3, dim=1)
         q, k = rotate(norm(q), cos, sin).to(v.dtype), rotate(norm(k), cos, sin).to(v.dtype)  # (B, H, T, D)
-        if cache:
-            k, v = cache.update(self.layer, k.to(cache.values.dtype), v.to(cache.values.dtype))
-            q = q.to(k.dtype)
-        # With a cache that holds tokens already, T is 1 and the query sees all keys; is_causal would align them wrongly.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, H, T, D)
+        y = attend(q, k, v, self.layer, cache)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

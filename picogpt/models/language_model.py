@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from picogpt.errors import PicogptError
 
 if TYPE_CHECKING:
     from picogpt.config import ModelConfig
@@ -16,13 +19,18 @@ class LanguageModel(nn.Module):
     """Predicts the next token at every position.
 
     `forward(idx, targets=None, cache=None)` takes idx (B, T), int64, T at most `config.block_size`, and returns
-    logits (B, T, V); with targets (B, T) the mean cross-entropy in nats, float32.
+    logits (B, T, V); with targets (B, T) the mean cross-entropy in nats, float32; with a cache, whose tokens come
+    before idx, the logits of the last position alone, (B, 1, V).
     """
 
     config: ModelConfig
 
-    def new_cache(self, batch_size: int) -> KVCache | None:
-        """What decoding keeps between calls; None where there is nothing worth keeping."""
+    def new_cache(self, batch_size: int, padding: torch.Tensor | None = None, fixed: bool = False) -> KVCache | None:
+        """What decoding keeps between calls, see KVCache; None where there is nothing worth keeping."""
+        return None
+
+    def flops_per_token(self) -> int | None:
+        """Floating-point operations of training on one token, forward and backward; None where nobody counts them."""
         return None
 
     def forward(
@@ -30,3 +38,18 @@ class LanguageModel(nn.Module):
     ) -> torch.Tensor:
         """See the class."""
         raise NotImplementedError
+
+
+def check_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
+    """Raises PicogptError where the tensors of `state` are not those of `model`."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {found[name]}, not {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    if problems:
+        raise PicogptError(f"{source} does not fit the model: {'; '.join(sorted(problems)[:5])}")

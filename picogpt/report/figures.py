@@ -64,7 +64,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
             axes.set_xlabel("epoch")
             axes.set_xlim(0, results["epochs"] * 1.02)
         lower.set_ylim(_magnified(train, val, [value for value, *_ in lines], results["epochs"]))
-        whole.set_ylabel("loss, nats per character")
+        whole.set_ylabel(f"loss, nats per {_unit(record)}")
         whole.set_title("whole run", loc="left", fontsize=11)
         lower.set_title("magnified", loc="left", fontsize=11)
         handles, labels = lower.get_legend_handles_labels()
@@ -123,7 +123,11 @@ def _magnified(
 def _title(record: dict[str, Any]) -> str:
     kind = record["kind"].removeprefix("train ")
     results = record["results"]
-    return f"{kind} on {record['corpus']['name']}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M characters seen"
+    return f"{kind} on {record['corpus']['name']}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {_unit(record)}s seen"
+
+
+def _unit(record: dict[str, Any]) -> str:
+    return "token" if record["kind"] == "train gpt2" else "character"
 
 
 def _caption(record: dict[str, Any]) -> str:

@@ -14,11 +14,16 @@ from picogpt.report.tables import read_records, read_summary
 
 
 def write_page(
-    template: Path, summary: Path, record_files: Iterable[Path], samples: Mapping[str, str], out: Path
+    template: Path,
+    summary: Path,
+    record_files: Iterable[Path],
+    samples: Mapping[str, str],
+    values: Mapping[str, str],
+    out: Path,
 ) -> None:
     """Fill in the Markdown template.
 
-    It sees `sections` (rows of the summary by section), `records` (by kind) and `samples` (texts by name).
+    It sees `sections` (rows of the summary by section), `records` (by kind), `samples` (texts by name) and the `values`.
 
     Raises PicogptError when the template asks for something that is not there.
     """
@@ -32,6 +37,7 @@ def write_page(
             sections={name: list(group) for name, group in groupby(rows, key=lambda row: row["section"])},
             records=read_records(record_files),
             samples={name: read_text(path) for name, path in samples.items()},
+            **values,
         )
     except (TemplateError, TypeError, ValueError) as error:  # the last two: a number that the record lacks
         raise PicogptError(f"{template} cannot be filled in: {error}") from error

@@ -18,7 +18,7 @@ from picogpt import models
 from picogpt.config import Experiment, parse
 from picogpt.errors import PicogptError, UsageError
 from picogpt.files import atomic_write, place
-from picogpt.models.language_model import LanguageModel
+from picogpt.models.language_model import LanguageModel, check_tensors
 
 FORMAT = "picogpt-checkpoint"
 VERSION = 1
@@ -46,10 +46,13 @@ class Weights:
         Raises PicogptError when the tensors are not those of the model.
         """
         with torch.device("meta"):  # compare before allocating: a hostile file may claim any size
-            check_tensors(models.build(self.experiment.model, self.vocab_size, 0), self.state, self.path)
-        model = models.build(self.experiment.model, self.vocab_size, self.experiment.train.seed)
-        if not untrained:
-            load_tensors(model, self.state, self.path)
+            model = models.build(self.experiment.model, self.vocab_size, 0)
+        check_tensors(model, self.state, self.path)
+        if untrained:
+            return models.initial(self.experiment, self.vocab_size).eval()
+        if any(True for _ in model.buffers()):  # tables that are not saved have to be made
+            model = models.build(self.experiment.model, self.vocab_size, 0)
+        model.load_state_dict(self.state, assign=True)  # drawing weights only to replace them would take a second
         return model.eval()
 
 
@@ -129,21 +132,6 @@ def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path)
     model.load_state_dict(state)
 
 
-def check_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Raises PicogptError where the tensors of `state` are not those of `model`."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {found[name]}, not {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
-    ]
-    if problems:
-        raise PicogptError(f"{source} does not fit the model: {'; '.join(sorted(problems)[:5])}")
-
-
 def _save(path: Path, tree: dict[str, Any]) -> None:
     try:
         with atomic_write(path) as file:
@@ -161,7 +149,8 @@ def _load(path: Path, content: str) -> dict[str, Any]:
     if not whole:
         raise PicogptError(f"{path} is torn, or no checkpoint")
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+        # Weights stay in the file until they are read: a model of half a gigabyte is there at once.
+        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=content == "weights")
     except pickle.UnpicklingError as error:
         raise PicogptError(
             f"{path} is damaged, or holds more than tensors and plain values, which could be code:"

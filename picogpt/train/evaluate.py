@@ -8,8 +8,9 @@ import torch
 from picogpt.data.sampler import sequential
 from picogpt.hardware import Device, torch_dtype
 from picogpt.models.language_model import LanguageModel
+from picogpt.train.distributed import World
 
-TOKENS_AT_ONCE = 1 << 14
+TOKENS_AT_ONCE = 1 << 13
 
 
 def autocast(device: Device) -> torch.autocast:
@@ -19,21 +20,27 @@ def autocast(device: Device) -> torch.autocast:
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, ids: np.ndarray, device: Device, batch_size: int | None = None) -> float:
+def evaluate(
+    model: LanguageModel, ids: np.ndarray, device: Device, batch_size: int | None = None, world: World | None = None
+) -> float:
     """Mean cross-entropy, in nats a token, over all targets of `ids` (N,): N - 1 of them.
 
     The tokens are cut into windows of the model's block size that do not overlap, so a prediction sees
-    what lies before it in its window. `batch_size` changes speed and memory, not the answer.
+    what lies before it in its window. `batch_size` and the ranks of `world`, which take turns, change speed and
+    memory, not the answer.
     """
+    world = world or World()
     block_size = model.config.block_size
     if batch_size is None:
         batch_size = max(1, TOKENS_AT_ONCE // block_size)
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device.torch_name if device.kind != "mps" else "cpu")
-    for inputs, targets in sequential(ids, block_size, batch_size):
+    for turn, (inputs, targets) in enumerate(sequential(ids, block_size, batch_size)):
+        if turn % world.size != world.rank:
+            continue
         x, y = (torch.from_numpy(a).to(device.torch_name) for a in (inputs, targets))
         with autocast(device):
             total += model(x, y).to(total) * targets.size
     model.train(was_training)
-    return total.item() / (len(ids) - 1)
+    return world.sum(total.item()) / (len(ids) - 1)

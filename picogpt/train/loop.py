@@ -1,44 +1,41 @@
-"""The training loop, the same for every model.
+"""The training loop, the same for every model, on one device or on many.
 
-A run lives in one folder:
-
-    checkpoints/    last.pt, last.previous.pt, best.pt, metrics.jsonl: written while it runs, removed at its end
-    best.pt         the weights with the lowest validation loss
-    metrics.jsonl   losses by step
-    record.json     the numbers, and where they come from; written last, so it says that the run is finished
+Under torchrun every rank takes its part of each batch, and all of them take the same step. The first one writes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from picogpt import hardware, models, records
 from picogpt.config import Experiment
 from picogpt.data.sampler import Sampler
 from picogpt.data.tokens import TokenData
-from picogpt.errors import Interrupted, PicogptError
-from picogpt.files import locked, place, write_text
+from picogpt.errors import Interrupted, PicogptError, UsageError
 from picogpt.models.bigram import closed_form_loss
 from picogpt.progress import Training
 from picogpt.train import checkpoint
+from picogpt.train.distributed import World
 from picogpt.train.evaluate import autocast, evaluate
+from picogpt.train.folder import RunFolder
 from picogpt.train.optim import Optimizer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16, "mps": 1 << 14}
+"""Of one forward pass, by device, where the settings name no micro-batch: beyond it nothing gets faster."""
 
 
 @dataclass
@@ -52,8 +49,8 @@ class Progress:
     """Losses of the initial weights."""
     after: dict[str, float] = field(default_factory=dict)
     """Losses of the latest evaluation."""
-    interval_loss: float | torch.Tensor = 0.0
-    """Sum of the losses since the last line of the metrics."""
+    interval_loss: float = 0.0
+    """Sum of the losses since the last line of the metrics, over `interval_steps` steps."""
     interval_steps: int = 0
     interval_seconds: float = 0.0
     train_seconds: float = 0.0
@@ -67,48 +64,72 @@ class Progress:
 class Trainer:
     """One run: model, optimizer, data and progress.
 
-    Raises PicogptError when the folder holds a run of other settings, the loss is not finite, or a file cannot
-    be written; Interrupted when a signal stopped it, with everything saved.
+    Raises UsageError when the batch does not divide, PicogptError when the folder holds a run of other settings, the
+    loss is not finite, or a file cannot be written; Interrupted when a signal stopped it, with everything saved.
     """
 
-    def __init__(self, experiment: Experiment, data: TokenData, folder: str | Path):
-        self.experiment, self.data, self.folder = experiment, data, Path(folder)
+    def __init__(self, experiment: Experiment, data: TokenData, folder: str | Path, world: World | None = None):
+        self.experiment, self.data, self.world = experiment, data, world or World()
         self.config, self.runtime = experiment.train, experiment.runtime
-        self.work = self.folder / "checkpoints"
-        self.last, self.metrics = self.work / "last.pt", self.work / "metrics.jsonl"
-        self.fingerprint = experiment.fingerprint(data.vocab_size, data.train.header.data_sha256)
+        self.folder = RunFolder(folder, experiment.fingerprint(data.vocab_size, data.train.header.data_sha256))
+        self.device = hardware.select(self.world.device(self.runtime.device), self.config.dtype)
+        hardware.prepare(self.device, self.runtime.threads or self.world.threads())
 
-        self.device = hardware.select(self.runtime.device, self.config.dtype)
-        torch.set_num_threads(self.runtime.threads or hardware.cpu_count())
-        # TF32 for the float32 matrix products that remain, on GPUs that have it.
-        torch.set_float32_matmul_precision("high")
-
-        self.sampler = Sampler(data.train.ids, experiment.model.block_size, self.config.batch_size, self.config.seed)
+        block_size = experiment.model.block_size
+        self.sampler = Sampler(data.train.ids, block_size, self.config.batch_size, self.config.seed)
         self.total_steps = self.config.steps or self.sampler.steps(self.config.epochs or 1)
-        self.micro_batch_size = self.config.micro_batch_size or self.config.batch_size
-        self.tokens_per_step = self.config.batch_size * experiment.model.block_size
+        self.tokens_per_step = self.config.batch_size * block_size
+        most = max(1, TOKENS_AT_ONCE[self.device.kind] // block_size)
+        self.micro_batch_size = micro_batch_size(
+            self.config.batch_size, self.world.size, self.config.micro_batch_size, most
+        )
+        # On a GPU reading a loss would wait for it; there losses are read where a line is logged.
+        self.reads_each_loss = self.device.kind != "cuda" or self.config.optimizer == "muon"
 
-        self.model = models.build(experiment.model, data.vocab_size, self.config.seed).to(self.device.torch_name)
+        self.model = models.initial(experiment, data.vocab_size).to(self.device.torch_name)
         self.optimizer = Optimizer(self.model, self.config, self.total_steps)
-        # The raw module is the one that is evaluated, sampled and saved; a compiled one shares its weights.
+        # The raw module is the one that is evaluated, sampled and saved; the others share its weights.
         self.forward: Callable[..., torch.Tensor] = self.model
         if self.runtime.compile != "off":
             self.forward = torch.compile(self.model)
+        self.compiled = self.forward is not self.model
         self.progress = Progress()
+        self._losses: list[torch.Tensor] = []  # of the steps since the last reading, on the device
 
     def run(self, replace: bool = False) -> dict[str, Any]:
         """Train to the end, from the last checkpoint where there is one; return the record.
 
         With `replace`, a run of other settings in the folder is deleted instead of refused.
         """
-        with locked(self.folder, "training"), _stop_on_signals() as stop:
-            finished = self._finished(replace)
+        with ExitStack() as held, _stop_on_signals() as stop:
+            self.world.from_first(lambda: self._enter(held))
+            finished = self.world.from_first(lambda: self.folder.finished(replace))
             if finished:
                 return finished
-            bar = Training(self.experiment.model.kind, self.total_steps, self._resume(replace))
-            with bar, open(self.metrics, "a", encoding="utf-8") as metrics:
-                self._loop(bar, stop, lambda **values: print(json.dumps(self._row(values)), file=metrics, flush=True))
-            return self._publish()
+            self._resume(replace)
+            if self.world.size > 1:
+                self.forward = self._distributed(self.forward)
+            bar = Training(self.experiment.model.kind, self.total_steps, self.progress.step, shown=self.world.first)
+            with bar, hardware.attention(self.device):
+                self._loop(bar, stop, self._writer(held))
+            record = self._record()
+            self.world.from_first(lambda: self.folder.publish(record))
+            return record
+
+    def _enter(self, held: ExitStack) -> None:
+        held.enter_context(self.folder.held())
+
+    def _writer(self, held: ExitStack) -> Callable[..., None]:
+        """What appends a line to the metrics file, on the rank that writes."""
+        if not self.world.first:
+            return lambda **values: None
+        metrics = held.enter_context(open(self.folder.metrics, "a", encoding="utf-8"))
+        return lambda **values: print(json.dumps(self._row(values)), file=metrics, flush=True)
+
+    def _distributed(self, module: Any) -> Callable[..., torch.Tensor]:
+        """`module` with gradients averaged over the ranks at the end of each step."""
+        ids = [self.world.local_rank] if self.device.kind == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
     def _loop(self, bar: Training, stop: list[int], log: Callable[..., None]) -> None:
         p, runtime = self.progress, self.runtime
@@ -120,18 +141,16 @@ class Trainer:
         first, val_loss = p.step, p.after.get("val_loss")
         while p.step < self.total_steps:
             began = p.train_seconds
-            loss = self._step(p.step)
+            self._losses.append(self._step(p.step))
             p.step += 1
-            p.interval_loss = p.interval_loss + loss
-            p.interval_steps += 1
             ended = p.step == self.total_steps
             if p.step == first + 1:  # compilation happens here
                 self._charge("train_seconds")
                 p.first_step_seconds += p.train_seconds - began
             if p.step % runtime.log_interval == 0 or ended:
+                self._read_losses()
                 self._charge("train_seconds")
-                mean = float(p.interval_loss) / p.interval_steps
-                self._require_finite(mean, p.step)
+                mean = p.interval_loss / p.interval_steps
                 rate = p.interval_steps * self.tokens_per_step / p.interval_seconds
                 log(train_loss=mean, tokens_per_second=round(rate, 1))
                 bar.update(p.step, mean, rate, val_loss)
@@ -143,68 +162,97 @@ class Trainer:
                 bar.say(f"step {p.step}: {_listed(p.after)}")
                 if val_loss < p.best_val_loss:
                     p.best_val_loss, p.best_step = val_loss, p.step
-                    self._save_best()
+                    self.world.from_first(self._save_best)
                     self._charge("save_seconds")
-            if p.step % runtime.checkpoint_interval == 0 or ended or stop:
+            stopped_by = int(self.world.largest(stop[0] if stop else 0))
+            if p.step % runtime.checkpoint_interval == 0 or ended or stopped_by:
                 self._charge("train_seconds")
                 self._save()
                 self._charge("save_seconds")
-            if stop and not ended:
+            if stopped_by and not ended:
                 raise Interrupted(
-                    stop[0],
-                    f"stopped by {signal.Signals(stop[0]).name} at step {p.step} of {self.total_steps}; everything is saved:"
-                    f" the same command with --run {self.folder.name} goes on from there",
+                    stopped_by,
+                    f"stopped by {signal.Signals(stopped_by).name} at step {p.step} of {self.total_steps}; everything is"
+                    f" saved: the same command with --run {self.folder.path.name} goes on from there",
                 )
 
     def _step(self, step: int) -> torch.Tensor:
-        """One optimizer step; the mean loss of its batch, left on the device."""
-        # Dropout too is a function of the step alone, so that there is no random state to save.
-        torch.manual_seed((self.config.seed << 32) + step)
+        """One optimizer step; the mean loss of its batch over all ranks, left on the device."""
+        # Dropout too is a function of the step (and the rank) alone, so that there is no random state to save.
+        torch.manual_seed((self.config.seed << 32) + (self.world.rank << 40) + step)
         self.model.train()
-        inputs, targets = (torch.from_numpy(array) for array in self.sampler.batch(step))
+        batch = self.sampler.batch(step, self.world.rank, self.world.size)
+        inputs, targets = (self._to_device(array) for array in batch)
         micro_batches = len(inputs) // self.micro_batch_size
         loss = torch.zeros((), device=self.device.torch_name)
-        for x, y in zip(inputs.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
-            loss += self._forward_backward(x.to(self.device.torch_name), y.to(self.device.torch_name), micro_batches)
-        if self.device.kind == "cpu":  # on a GPU reading the loss would wait for it; there each log line is checked
-            self._require_finite(loss.item(), step + 1)
+        parts = zip(inputs.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
+        for index, (x, y) in enumerate(parts):
+            loss += self._forward_backward(x, y, micro_batches, last=index == micro_batches - 1)
+        loss = self.world.mean(loss)
+        finite = torch.isfinite(loss)
+        if self.reads_each_loss and not finite.item():
+            raise self._not_finite(loss.item(), step + 1)
         if self.config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step(step)
+        # Where the loss is read later, a step that would spoil the weights is left out by the kernel itself.
+        self.optimizer.step(step, skip=None if self.reads_each_loss else ~finite)
         return loss
 
-    def _forward_backward(self, x: torch.Tensor, y: torch.Tensor, micro_batches: int) -> torch.Tensor:
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.kind == "cuda":  # from pinned memory the copy does not wait for the GPU
+            return tensor.pin_memory().to(self.device.torch_name, non_blocking=True)
+        return tensor.to(self.device.torch_name)
+
+    def _forward_backward(self, x: torch.Tensor, y: torch.Tensor, micro_batches: int, last: bool) -> torch.Tensor:
         """Add the gradient of one micro-batch; return its share of the mean loss."""
         try:
-            with autocast(self.device):
-                loss = self.forward(x, y) / micro_batches
-            loss.backward()
+            # Ranks exchange gradients once a step; that must be said before the forward pass.
+            alone = isinstance(self.forward, DistributedDataParallel) and not last
+            with self.forward.no_sync() if alone else nullcontext():  # type: ignore[attr-defined]
+                with autocast(self.device):
+                    loss = self.forward(x, y) / micro_batches
+                loss.backward()
         except Exception as error:
             # Compilation happens at the first call, and fails where there is no working C++ compiler.
-            if self.forward is self.model or self.runtime.compile == "on" or not _is_compile_error(error):
+            if not self.compiled or self.runtime.compile == "on" or not _is_compile_error(error):
                 raise
             warnings.warn(f"torch.compile does not work here, going on without it: {_first_line(error)}", stacklevel=2)
-            self.forward = self.model
-            return self._forward_backward(x, y, micro_batches)
+            self.compiled = False
+            self.forward = self.model if self.world.size == 1 else self._distributed(self.model)
+            return self._forward_backward(x, y, micro_batches, last)
         return loss.detach()
 
     def _evaluate(self, also_train: bool) -> dict[str, float]:
         """Exact losses of the weights as they are; raises PicogptError when one is not finite."""
         self._charge("train_seconds")
-        losses = {"val_loss": evaluate(self.model, self.data.val.ids, self.device)}
+        losses = {"val_loss": evaluate(self.model, self.data.val.ids, self.device, world=self.world)}
         if also_train and self.config.eval_train != "none":
             count = len(self.data.val.ids) if self.config.eval_train == "part" else None
-            losses["train_loss_exact"] = evaluate(self.model, self.data.train.ids[:count], self.device)
+            losses["train_loss_exact"] = evaluate(
+                self.model, self.data.train.ids[:count], self.device, world=self.world
+            )
         self._charge("eval_seconds")
-        self._require_finite(losses["val_loss"], self.progress.step)
+        if not math.isfinite(losses["val_loss"]):
+            raise self._not_finite(losses["val_loss"], self.progress.step)
         return losses
 
-    def _require_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise PicogptError(
-                f"the loss is {loss} at step {step}; the weights of the last good checkpoint are in {self.work}."
-                " A lower learning rate, a longer warm-up or train.grad_clip=1 usually helps."
-            )
+    def _read_losses(self) -> None:
+        """Take the losses off the device; raises PicogptError naming the first step whose loss is not finite."""
+        p = self.progress
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        for index, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise self._not_finite(loss, p.step - len(losses) + index + 1)
+        p.interval_loss += sum(losses)
+        p.interval_steps += len(losses)
+        self._losses.clear()
+
+    def _not_finite(self, loss: float, step: int) -> PicogptError:
+        return PicogptError(
+            f"the loss is {loss} at step {step}; the weights of the last good checkpoint are in {self.folder.work}."
+            " A lower learning rate, a longer warm-up or train.grad_clip=1 usually helps."
+        )
 
     def _charge(self, account: str) -> None:
         """Add the time since the last call to an account of `progress`."""
@@ -228,23 +276,23 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        # On a GPU the loss is not read at every step; what is not finite must not replace a good checkpoint.
-        self._require_finite(float(self.progress.interval_loss), self.progress.step)
+        self._read_losses()
+        # The last step may have made weights that are not finite from a loss that was; they must not replace good ones.
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            self._require_finite(math.nan, self.progress.step)
-        with open(self.metrics, "rb") as metrics:
-            os.fsync(metrics.fileno())  # the lines up to this step must outlive a power cut if the checkpoint does
-        state = {
-            "fingerprint": self.fingerprint,
-            "progress": {**vars(self.progress), "interval_loss": float(self.progress.interval_loss)},
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        checkpoint.save_state(self.last, state)
+            raise self._not_finite(math.nan, self.progress.step)
+        self.world.from_first(
+            lambda: self.folder.save(
+                {
+                    "progress": vars(self.progress),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                }
+            )
+        )
 
     def _save_best(self) -> None:
         checkpoint.save_weights(
-            self.work / "best.pt",
+            self.folder.best,
             self.model,
             self.experiment,
             self.data.vocab_size,
@@ -253,64 +301,23 @@ class Trainer:
             self.progress.best_val_loss,
         )
 
-    def _finished(self, replace: bool) -> dict[str, Any] | None:
-        """The record of a run that is finished already; with `replace`, one of other settings is deleted."""
-        path = self.folder / "record.json"
-        if not path.exists():
-            return None
-        try:
-            record = records.read(path)
-            if record.get("fingerprint") == self.fingerprint and (self.folder / "best.pt").exists():
-                return record
-        except PicogptError as error:
-            if not replace:
-                raise
-            warnings.warn(f"{error}; it is replaced", stacklevel=2)
-        self._refuse_unless(replace)
-        for name in ("record.json", "best.pt", "metrics.jsonl"):
-            (self.folder / name).unlink(missing_ok=True)
-        return None
-
-    def _resume(self, replace: bool) -> int:
-        """Load the last checkpoint, if there is one; return the step to go on from."""
-        self.work.mkdir(exist_ok=True)
-        if self.last.exists():
-            state = self._load_state(replace)
-            if state and state["fingerprint"] == self.fingerprint:
-                checkpoint.load_tensors(self.model, state["model"], self.last)
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.progress = Progress(**state["progress"])
-            else:
-                self._refuse_unless(replace)
-                shutil.rmtree(self.work)
-                self.work.mkdir()
+    def _resume(self, replace: bool) -> None:
+        """Load the last checkpoint, if there is one, on every rank."""
+        state = self.world.from_first(lambda: self.folder.load(replace))
+        if state:
+            checkpoint.load_tensors(self.model, state["model"], self.folder.last)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
         self.progress.sessions += 1
-        # Lines after the checkpoint will be written again; the last one may be torn.
-        kept = _lines_until(self.metrics, self.progress.step) if self.progress.sessions > 1 else []
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
-        return self.progress.step
+        self.world.from_first(lambda: self.folder.cut_metrics(self.progress.step))
 
-    def _load_state(self, replace: bool) -> dict[str, Any] | None:
-        """The last good state; with `replace`, None where none can be read."""
-        try:
-            state, warning = checkpoint.load_state(self.last)
-        except PicogptError as error:
-            if not replace:
-                raise PicogptError(f"{error}; --replace starts over") from error
-            state, warning = None, f"{error}; starting over"
-        if warning:
-            warnings.warn(warning, stacklevel=3)
-        return state
-
-    def _refuse_unless(self, replace: bool) -> None:
-        if not replace:
-            raise PicogptError(
-                f"{self.folder} holds a run of other settings or data: choose another --run, or --replace it"
-            )
-
-    def _publish(self) -> dict[str, Any]:
-        """Give the results their final names, the record last, and remove the working files."""
+    def _record(self) -> dict[str, Any]:
+        """All numbers of the finished run, with where they come from."""
         p, model, train = self.progress, self.experiment.model, self.data.train
+        steady = p.train_seconds - p.first_step_seconds
+        rate = max(1, p.step - p.sessions) * self.tokens_per_step / steady
+        flops = self.model.flops_per_token()
+        peak = hardware.peak_flops(self.device)
         results = {
             "val_loss_before": p.before["val_loss"],
             "train_loss_before": p.before.get("train_loss_exact"),
@@ -323,7 +330,11 @@ class Trainer:
             "epochs": round(self.sampler.epoch(p.step), 4),
             "windows_per_epoch": self.sampler.windows,
             "tokens": p.step * self.tokens_per_step,
+            "tokens_per_second": rate,
+            "flops_per_token": flops,
+            "mfu": rate * flops / (peak * self.world.size) if peak and flops else None,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
             "train_seconds": p.train_seconds,
             "first_step_seconds": p.first_step_seconds,
             "eval_seconds": p.eval_seconds,
@@ -334,22 +345,57 @@ class Trainer:
             results["closed_form_train_loss"] = closed_form_loss(
                 torch.from_numpy(np.array(train.ids)), self.data.vocab_size
             )
-        record = {
+        return {
             **records.provenance(self.device),
             "kind": f"train {model.kind}",
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.folder.fingerprint,
             "corpus": self.data.corpus(),
             "config": self.experiment.model_dump(mode="json"),
-            "units": {"loss": "nats a token, mean over the whole split", "seconds": "s"},
+            "units": {
+                "loss": "nats a token, mean over the whole split",
+                "seconds": "s",
+                "tokens_per_second": "of training alone, all ranks together, without the first step of a session",
+                "mfu": "tokens_per_second * flops_per_token / (peak_flops of a device * ranks)",
+                "peak_memory_bytes": "of one rank: resident on a CPU, allocated on a GPU",
+            },
             "threads": torch.get_num_threads(),
-            "compiled": self.forward is not self.model,
+            "ranks": self.world.size,
+            "micro_batch_size": self.micro_batch_size,
+            "compiled": self.compiled,
             "results": results,
         }
-        for name in ("best.pt", "metrics.jsonl"):
-            place(self.work / name, self.folder / name)  # both names, until the record is written
-        records.write(self.folder / "record.json", record)
-        shutil.rmtree(self.work)
-        return record
+
+
+def micro_batch_size(batch_size: int, ranks: int, wanted: int | None, most: int) -> int:
+    """Sequences of one forward pass on one rank: `wanted`, or the largest divisor of the rank's share up to `most`.
+
+    Raises UsageError, saying what would divide, when the batch does not divide over the ranks, or the share of a rank
+    into micro-batches.
+    """
+    if batch_size % ranks:
+        more = batch_size + ranks - batch_size % ranks
+        near = f"{more - ranks} or {more}" if more > ranks else f"{more}"
+        raise UsageError(
+            f"train.batch_size={batch_size} does not divide over {ranks} ranks: with {ranks} ranks, {near} would;"
+            f" with {batch_size} sequences, --nproc_per_node of {_listed_divisors(batch_size)} would"
+        )
+    share = batch_size // ranks
+    if wanted is None:
+        return max(divisor for divisor in _divisors(share) if divisor <= most)
+    if share % wanted:
+        raise UsageError(
+            f"train.micro_batch_size={wanted} does not divide the {share} sequences of each of {ranks} ranks"
+            f" (train.batch_size={batch_size}); these do: {_listed_divisors(share)}"
+        )
+    return wanted
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _listed_divisors(number: int) -> str:
+    return ", ".join(map(str, _divisors(number)))
 
 
 @contextmanager
@@ -370,19 +416,6 @@ def _stop_on_signals() -> Iterator[list[int]]:
     finally:
         for signal_number, handler in previous.items():
             signal.signal(signal_number, handler)
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except json.JSONDecodeError:
-            break
-        kept.append(line)
-    return kept
 
 
 def _is_compile_error(error: Exception) -> bool:

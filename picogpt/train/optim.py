@@ -40,12 +40,18 @@ class Optimizer:
         )
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
-    def step(self, step: int) -> None:
-        """Update the weights from their gradients as step number `step`, counted from 0, and drop the gradients."""
+    def step(self, step: int, skip: torch.Tensor | None = None) -> None:
+        """Update the weights from their gradients as step number `step`, counted from 0, and drop the gradients.
+
+        `skip`, a bool on the device, leaves the update out where it is true, without a look from the host.
+        """
         factor = learning_rate_factor(step, self.total_steps, self.config)
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
+            if skip is not None and isinstance(part, torch.optim.AdamW):
+                # What torch's fused kernel looks for.
+                vars(part).update(grad_scale=None, found_inf=skip.float())
             part.step()
             part.zero_grad(set_to_none=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,10 +19,13 @@ if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
 MODELS = ["char_bigram", "char_transformer"]
 RUN = config["run"]
 TOKENS = f"weights/char_tokenizer/{RUN}"
+GPT2_TOKENS = f"weights/gpt2_tokenizer/{RUN}"
 
 
 wildcard_constraints:
     model="|".join(MODELS),
+    gpt2="gpt2|gpt2-pretrained",
+    dtype="float32|bfloat16|int8",
 
 
 def hold_folder():
@@ -45,12 +49,35 @@ def corpus_file():
     return config["corpus"] if own_text() else "resources/corpus.txt"
 
 
+def corpus_name():
+    """The text that was asked for, for file names. Where another had to serve, what is inside says so."""
+    text = config["corpus"]
+    return (
+        re.sub(r"[^A-Za-z0-9._-]+", "_", Path(text).stem)
+        if own_text()
+        else ([text] if isinstance(text, str) else text)[0]
+    )
+
+
+def picogpt(*arguments):
+    """What the command line answers, for what has to be known before there is a plan."""
+    command = [sys.executable, "-m", "picogpt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def hub_state():
+    """reachable or unreachable. A change makes the fetch rule run; once the weights are here nobody is asked again."""
+    status = Path("resources/pretrained.txt")
+    if status.exists() and status.read_text().endswith(": here\n"):
+        return "reachable"
+    return picogpt("fetch", "--check", "pretrained").replace("here", "reachable")
+
+
 def machine_size():
     """cpu or gpu: which settings of a model fit this machine."""
     if config["size"] != "auto":
         return config["size"]
-    command = [sys.executable, "-m", "picogpt", "hardware", "--size"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return picogpt("hardware", "--size")
 
 
 def settings_file(model):
@@ -68,3 +95,18 @@ def settings(model):
 
 
 SIZE = machine_size()
+CORPUS = corpus_name()
+GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
+# Several GPUs: one rank each. A plain command on one device.
+GPUS = int(picogpt("hardware", "--gpus")) if SIZE == "gpu" else 0
+LAUNCH = f"torchrun --standalone --nproc_per_node={GPUS} -m picogpt" if GPUS > 1 else "picogpt"
+
+
+def gpt2_weights(kind):
+    """The file that a step with this GPT-2 waits for."""
+    return "resources/pretrained.txt" if kind == "gpt2-pretrained" else f"{GPT2}/best.pt"
+
+
+def gpt2_arguments(kind):
+    """How the command line names this GPT-2; where OpenAI's could not be had, its record says so."""
+    return [kind, "--optional"] if kind == "gpt2-pretrained" else [kind, "--ckpt", f"{GPT2}/best.pt"]

@@ -4,12 +4,23 @@
 
 localrules:
     loss_curve,
+    loss_curve_gpt2,
     summary,
     page,
 
 
 PUBLISHED = Path(workflow.basedir, "../config/published.yaml")
-RECORDS = expand(f"weights/{{model}}/{RUN}/record.json", model=MODELS)
+RECORDS = [
+    *expand(f"weights/{{model}}/{RUN}/record.json", model=MODELS),
+    f"{GPT2}/record.json",
+    *expand(
+        "results/records/{measured}_{gpt2}_{dtype}.json",
+        measured=["evaluate", "sampling"],
+        gpt2=["gpt2", "gpt2-pretrained"],
+        dtype=config["gpt2"]["dtypes"],
+    ),
+    "results/records/weights.json",
+]
 SAMPLES = {
     f"{model}_{stage}": f"results/samples/{model}_{stage}.txt" for model in MODELS for stage in ("untrained", "trained")
 }
@@ -38,6 +49,23 @@ rule loss_curve:
         run_folder=lambda wildcards: f"weights/{wildcards.model}/{RUN}",
     shell:
         "picogpt report loss-curve" " --run-folder {params.run_folder:q}" " --out {output:q}" " > {log:q} 2>&1"
+
+
+use rule loss_curve as loss_curve_gpt2 with:
+    input:
+        multiext(f"{GPT2}/", "record.json", "metrics.jsonl"),
+        PUBLISHED,
+    output:
+        report(
+            f"media/gpt2_{CORPUS}_loss.png",
+            caption="../report/loss_curve.rst",
+            category="gpt-2",
+            labels={"model": "gpt2", "artifact": "loss curve"},
+        ),
+    log:
+        "logs/loss_curve_gpt2.log",
+    params:
+        run_folder=GPT2,
 
 
 rule summary:
@@ -69,8 +97,8 @@ rule page:
         summary="results/summary.csv",
         records=RECORDS,
         samples=SAMPLES.values(),
-        figures=expand("media/{model}_loss.png", model=MODELS),
-        text="media/char_transformer_sample.txt",
+        figures=expand("media/{model}_loss.png", model=[*MODELS, f"gpt2_{CORPUS}"]),
+        texts=["media/char_transformer_sample.txt", f"media/gpt2_{CORPUS}_sample.txt"],
         template=Path(workflow.basedir, "report/report.md.j2"),
     output:
         "results/report.md",
@@ -82,10 +110,12 @@ rule page:
         runtime=5,
         mem_mb=500,
     params:
+        gpt2_media=f"gpt2_{CORPUS}",
+        first_dtype=config["gpt2"]["dtypes"][0],
         records=expand("--record={record}", record=RECORDS),
         samples=expand(
             "--sample={pair}",
-            pair=[f"{name}={path}" for name, path in SAMPLES.items()],
+            pair=[f"{name}={path}" for name, path in SAMPLES.items()] + [f"gpt2=media/gpt2_{CORPUS}_sample.txt"],
         ),
     shell:
         "picogpt report page"
@@ -93,5 +123,7 @@ rule page:
         " --summary {input.summary:q}"
         " {params.records:q}"
         " {params.samples:q}"
+        " --set gpt2_media={params.gpt2_media:q}"
+        " --set first_dtype={params.first_dtype}"
         " --out {output:q}"
         " > {log:q} 2>&1"

@@ -1,5 +1,5 @@
 # in:  weights/MODEL/RUN/best.pt and the tokenizer
-# out: texts that the models write: results/samples/, media/char_transformer_sample.txt
+# out: texts that the models write: results/samples/, media/*_sample.txt
 
 
 rule sample:
@@ -59,3 +59,28 @@ rule sample_artifact:
         mem_mb=500,
     shell:
         "cp {input:q} {output:q} 2> {log:q}"
+
+
+rule sample_gpt2:
+    """Let GPT-2 write, one token after another, from the weights that predict the validation text best."""
+    input:
+        ckpt=f"{GPT2}/best.pt",
+        ranks="resources/gpt2.tiktoken",
+    output:
+        report(
+            f"media/gpt2_{CORPUS}_sample.txt",
+            caption="../report/gpt2_sample.rst",
+            category="gpt-2",
+            labels={"model": "gpt2", "artifact": "sample"},
+        ),
+    log:
+        "logs/sample_gpt2.log",
+    conda:
+        "../envs/picogpt.yaml"
+    resources:
+        runtime=20,
+        mem_mb=4000,
+    params:
+        tokens=config["gpt2"]["sample_tokens"],
+    shell:
+        "picogpt sample gpt2" " --ckpt {input.ckpt:q}" " -n {params.tokens}" " --out {output:q}" " > {log:q} 2>&1"

@@ -1,5 +1,5 @@
 # in:  token files
-# out: weights/MODEL/RUN/: best.pt, metrics.jsonl, record.json
+# out: weights/MODEL/RUN/ and weights/gpt2/RUN/CORPUS/: best.pt, metrics.jsonl, record.json
 
 
 rule train:
@@ -35,6 +35,43 @@ rule train:
         "picogpt train {params.kind:q}"
         " --data {params.tokens:q}"
         " --run {params.run:q}"
+        " --config {params.config_file:q}"
+        " {params.overrides:q}"
+        " --replace"
+        " 2>&1 | tee -i {log:q}"
+
+
+rule train_gpt2:
+    """
+    GPT-2, all 124 million weights of it, from scratch on the same text: far too little text for so large a model,
+    which learns it by heart at the second reading. Checkpoints as above. On several GPUs each one takes its part
+    of every batch.
+    """
+    input:
+        rules.tokenize_gpt2.output,
+    output:
+        multiext(f"{GPT2}/", "best.pt", "metrics.jsonl", "record.json"),
+    log:
+        "logs/train_gpt2.log",
+    benchmark:
+        "logs/train_gpt2.tsv"
+    conda:
+        "../envs/picogpt.yaml"
+    resources:
+        machine=100,
+        runtime=240,
+        mem_mb=8000,
+        gpu=1 if SIZE == "gpu" else 0,
+    params:
+        folder=GPT2,
+        tokens=GPT2_TOKENS,
+        config_file=settings_file("gpt2"),
+        settings=settings("gpt2"),
+        overrides=[f"--set={pair}" for pair in config["gpt2"]["set"]],
+    shell:
+        f"{LAUNCH} train gpt2"
+        " --data {params.tokens:q}"
+        " --folder {params.folder:q}"
         " --config {params.config_file:q}"
         " {params.overrides:q}"
         " --replace"

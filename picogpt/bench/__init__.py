@@ -1,0 +1,1 @@
+"""Measurements: each writes one record, with every run and not only the mean."""

@@ -1,0 +1,73 @@
+"""What a model knows, in the dtype in which it samples: its loss on the validation text, and texts from given prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from picogpt import hardware, records
+from picogpt.data.tokenizers import Tokenizer
+from picogpt.data.tokens import TokenData
+from picogpt.errors import PicogptError
+from picogpt.models.language_model import LanguageModel
+from picogpt.sample import Decoding, prepare, sample_texts
+from picogpt.train.evaluate import evaluate
+
+
+def measure(
+    kind: str,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    source: str,
+    data: TokenData,
+    device: str,
+    dtype: str,
+    prompts: Sequence[str] = (),
+    num_tokens: int = 100,
+    seed: int = 1337,
+) -> dict[str, Any]:
+    """The record of a model's validation loss, and of a text of `num_tokens` tokens from each prompt, top-k 50.
+
+    Raises PicogptError when the data are of another tokenizer.
+    """
+    header = data.val.header
+    if header.tokenizer_sha256 != tokenizer.sha256:
+        raise PicogptError(
+            f"{data.val.path} holds tokens of another tokenizer ({header.vocab_size:,} of them) than that of {source}"
+            f" ({tokenizer.vocab_size:,}): give the folder of the right ones with --data"
+        )
+    model = prepare(model, device, dtype)
+    where = hardware.select(device, "float32")  # no autocast: the weights have the dtype that is measured
+    loss = evaluate(model, data.val.ids, where, batch_size=4 if dtype == "int8" else None)
+    texts = []
+    if prompts:
+        decoding = Decoding(temperature=0.9, top_k=50)
+        texts = [sample.text for sample in sample_texts(model, tokenizer, prompts, num_tokens, decoding, seed)[0]]
+    return {
+        **records.provenance(where),
+        "kind": f"evaluate {kind} {dtype}",
+        "corpus": data.corpus(),
+        "config": {
+            "model": model.config.model_dump(),
+            "source": source,
+            "dtype": dtype,
+            "prompts": list(prompts),
+            "num_tokens": num_tokens,
+            "seed": seed,
+        },
+        "units": {"val_loss": "nats a token, mean over the whole split"},
+        "results": {"val_loss": loss, "texts": texts},
+    }
+
+
+def unreachable(kind: str, reason: str, data: TokenData | None) -> dict[str, Any]:
+    """The record of what could not be measured because the hub did not answer."""
+    return {
+        **records.provenance(hardware.select("cpu")),
+        "kind": kind,
+        "corpus": data.corpus() if data else {},
+        "config": {},
+        "not_measured": "hub unreachable",
+        "reason": reason,
+        "results": {},
+    }

@@ -1,0 +1,28 @@
+"""What trained weights weigh on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from picogpt import hardware, records
+from picogpt.errors import PicogptError
+
+
+def measure(files: Mapping[str, Path]) -> dict[str, Any]:
+    """The record of the sizes of weight files, in bytes by name. Raises PicogptError when one cannot be read."""
+    sizes = {}
+    for name, path in files.items():
+        try:
+            sizes[name] = path.stat().st_size
+        except OSError as error:
+            raise PicogptError(f"cannot read {path}: {error.strerror}") from error
+    return {
+        **records.provenance(hardware.select("cpu")),
+        "kind": "weights",
+        "corpus": {},
+        "config": {"files": {name: str(path) for name, path in files.items()}},
+        "units": dict.fromkeys(sizes, "bytes"),
+        "results": {**sizes, **{f"{name} MB": size / 1e6 for name, size in sizes.items()}},
+    }

@@ -1,0 +1,132 @@
+"""What several commands share: folders, names of kinds, and which file is meant where none is named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from picogpt.errors import PicogptError, UsageError
+
+if TYPE_CHECKING:
+    from picogpt.data.tokenizers import Tokenizer
+    from picogpt.models.language_model import LanguageModel
+
+KINDS = ("char-bigram", "char-transformer", "gpt2")
+PRETRAINED = ("gpt2-pretrained", "gpt2-pretrained-medium", "gpt2-pretrained-large", "gpt2-pretrained-xl")
+WEIGHTS = Path("weights")
+RESOURCES = Path("resources")
+RUN_PATTERN = "names a folder; the default is the time, as in 20260210_183518"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def model_options(function: Function) -> Function:
+    """The options by which a trained model and its tokenizer are named."""
+    options = (
+        click.option("--ckpt", type=click.Path(path_type=Path), help="A best.pt. [default: of the newest run]"),
+        click.option("--tokenizer-dir", type=click.Path(path_type=Path), help="[default: the one that fits]"),
+        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "int8"]),
+            default="float32",
+            help="int8: weights in bytes, GPT-2 only.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def now() -> str:
+    """A name for a run made by hand."""
+    return datetime.now().strftime("%Y%m%d_%H%M%S")
+
+
+def size_of(size: str) -> str:
+    """cpu or gpu, where `size` is auto."""
+    from picogpt.hardware import size_of_machine
+
+    return size_of_machine() if size == "auto" else size
+
+
+def newest(pattern: str, hint: str) -> Path:
+    """The newest file of `pattern` in weights/. Raises UsageError with a hint when there is none."""
+    files = sorted(WEIGHTS.glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise UsageError(f"no {WEIGHTS / pattern} is here: {hint}")
+    return files[-1]
+
+
+def runs_of(kind: str) -> str:
+    """Where the runs of a kind are, as a pattern below weights/: gpt2 has a folder for each corpus in a run."""
+    return f"gpt2/*/*/{'{}'}" if kind == "gpt2" else f"{kind.replace('-', '_')}/*/{'{}'}"
+
+
+def token_folder(kind: str) -> Path:
+    """The newest folder of token files for a kind of model."""
+    tokenizer = "gpt2" if kind == "gpt2" else "char"
+    return newest(f"{tokenizer}_tokenizer/*/train.bin", f"picogpt tokenize {tokenizer} makes one").parent
+
+
+def load_model(
+    kind: str, ckpt: Path | None, tokenizer_dir: Path | None, untrained: bool = False
+) -> tuple[LanguageModel, Tokenizer, str]:
+    """A trained model, its tokenizer, and where the weights come from."""
+    if kind in PRETRAINED:
+        from picogpt.data.bpe import GPT2Tokenizer
+        from picogpt.models import pretrained
+
+        if ckpt or untrained:
+            raise UsageError(f"{kind} is OpenAI's: leave out --ckpt and --untrained")
+        name = kind.removeprefix("gpt2-")
+        tokenizer: Any = GPT2Tokenizer.fetched(RESOURCES)
+        return pretrained.load(name), tokenizer, pretrained.registry()[name].repository
+
+    from picogpt.train.checkpoint import load_weights
+
+    path = ckpt or newest(runs_of(kind).format("best.pt"), f"picogpt train {kind} makes one")
+    weights = load_weights(path, kind)
+    sha256 = weights.corpus["tokenizer_sha256"]
+    tokenizer = _gpt2_tokenizer(sha256, path) if kind == "gpt2" else _char_tokenizer(tokenizer_dir, sha256, path)
+    return weights.model(untrained), tokenizer, str(path)
+
+
+def _gpt2_tokenizer(sha256: str, checkpoint: Path) -> Tokenizer:
+    from picogpt.data.bpe import GPT2Tokenizer
+
+    tokenizer = GPT2Tokenizer.fetched(RESOURCES)
+    if tokenizer.sha256 != sha256:
+        raise PicogptError(f"{checkpoint} was trained with another tokenizer than GPT-2's (sha256 {sha256})")
+    return tokenizer
+
+
+def _char_tokenizer(folder: Path | None, sha256: str, checkpoint: Path) -> Tokenizer:
+    """The tokenizer in `folder`, or the one in weights/ that the checkpoint was trained with."""
+    from picogpt.data.tokenizers import CharTokenizer
+
+    candidates = [folder] if folder else [p.parent for p in sorted(WEIGHTS.glob("char_tokenizer/*/tokenizer.json"))]
+    for candidate in candidates:
+        try:
+            tokenizer = CharTokenizer.load(candidate)
+        except PicogptError:
+            if folder:
+                raise
+            continue  # one of several in weights/; another may fit
+        if tokenizer.sha256 == sha256:
+            return tokenizer
+    if folder:
+        raise PicogptError(f"the tokenizer in {folder} is not the one that {checkpoint} was trained with")
+    raise PicogptError(
+        f"no tokenizer in weights/char_tokenizer/ fits {checkpoint}: give its folder with --tokenizer-dir"
+    )
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,0 +1,172 @@
+"""Commands that bring data and turn it into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from picogpt.cli.common import PRETRAINED, RESOURCES, RUN_PATTERN, WEIGHTS, now
+from picogpt.errors import Unreachable, UsageError
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--first", is_flag=True, help="Take the first of the names that can be had, instead of all.")
+@click.option("--folder", type=click.Path(path_type=Path), default=RESOURCES, help="Where to keep what arrives.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Also write a copy under this name (with one name, or --first)."
+)
+@click.option(
+    "--status", type=click.Path(path_type=Path), help="Write here whether it was had; if not, that is no error."
+)
+@click.option("--check", is_flag=True, help="Fetch nothing: say of each name whether it is here, reachable or neither.")
+def fetch(
+    names: tuple[str, ...], first: bool, folder: Path, out: Path | None, status: Path | None, check: bool
+) -> None:
+    """Fetch assets of config/assets.yaml and verify them; without names, list them.
+
+    `pretrained`, and the larger pretrained-medium, -large and -xl, are OpenAI's weights of config/pretrained.yaml:
+    they stay in the cache of the Hugging Face client.
+
+    $PICOGPT_MIRROR, a folder or an address, is asked first, then the registered addresses. What is here already
+    is verified and not fetched again; what broke off goes on where it stopped.
+    """
+    from picogpt.data import assets
+    from picogpt.files import atomic_write, write_text
+
+    if not names:
+        for name, asset in assets.registry().items():
+            here = "here" if assets.is_whole(folder / asset.file, asset) else "not here"
+            click.echo(f"{name:24}{asset.size:>12,} bytes  {here:9} {asset.title} ({asset.licence})")
+        for name in PRETRAINED:
+            click.echo(f"{name.removeprefix('gpt2-'):24}{'':>18}  {'':9} OpenAI's GPT-2, from the hub (MIT)")
+        return
+    if check:
+        for name in names:
+            click.echo(_state(name, folder))
+        return
+    if status:
+        write_text(status, "".join(f"{name}: {_had(name, folder)}\n" for name in names))
+        return
+    if out and len(names) > 1 and not first:
+        raise UsageError("--out takes one file: name one asset, or pass --first")
+    fetched = [assets.fetch_first(names, folder)] if first else [(name, _fetch(name, folder)) for name in names]
+    for name, path in fetched:
+        click.echo(f"{name}: {path}")
+        if out:
+            with atomic_write(out) as file:
+                file.write(path.read_bytes())
+            click.echo(f"{name}: {out}")
+
+
+def _fetch(name: str, folder: Path) -> Path:
+    from picogpt.data import assets, bpe
+
+    if f"gpt2-{name}" in PRETRAINED:
+        from picogpt.models import pretrained
+
+        return pretrained.fetch(name)
+    return bpe.fetch_ranks(folder) if name == bpe.RANKS else assets.fetch(name, folder)
+
+
+def _had(name: str, folder: Path) -> str:
+    """here, or unreachable and why."""
+    try:
+        _fetch(name, folder)
+    except Unreachable as error:
+        click.echo(f"{name}: not measured here: {error}", err=True)
+        return f"unreachable: {error}"
+    return "here"
+
+
+def _state(name: str, folder: Path) -> str:
+    """here, reachable or unreachable; asks for no more than an answer."""
+    if f"gpt2-{name}" in PRETRAINED:
+        from picogpt.models import pretrained
+
+        return "here" if pretrained.is_here(name) else "reachable" if pretrained.hub_answers() else "unreachable"
+    from picogpt.data import assets
+
+    asset = assets.find(name)
+    return "here" if assets.is_whole(folder / asset.file, asset) else "unknown"
+
+
+@click.group()
+def tokenize() -> None:
+    """Turn a text into token files and a tokenizer."""
+
+
+@tokenize.command()
+@click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text. [default: the first corpus in resources/]")
+@click.option("--run", help=RUN_PATTERN)
+@click.option("--corpus", help="Name of the corpus in all results. [default: the registered name, or the file's]")
+@click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.1)
+@click.option("--drop-unseen", is_flag=True, help="Leave out of the validation text what the training text lacks.")
+def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: float, drop_unseen: bool) -> None:
+    """One token a character. Writes tokenizer.json, train.bin, val.bin to weights/char_tokenizer/RUN/."""
+    from picogpt.data import tokens
+
+    text = text or _corpus_here()
+    corpus = _name_of([text], corpus)
+    folder = WEIGHTS / "char_tokenizer" / (run or now())
+    data = tokens.tokenize_chars(text, folder, corpus, val_fraction, drop_unseen)
+    click.echo(
+        f"{data.train.header.corpus}: {data.vocab_size} characters,"
+        f" {data.train.header.count:,} for training, {data.val.header.count:,} for validation: {folder}/"
+    )
+
+
+@tokenize.command()
+@click.option(
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A UTF-8 text; repeatable: each is a document. [default: the first corpus in resources/]",
+)
+@click.option("--run", help=RUN_PATTERN)
+@click.option("--corpus", help="Name of the corpus in all results. [default: the registered name, or the file's]")
+@click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.1)
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: one a core.")
+def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fraction: float, threads: int) -> None:
+    """GPT-2's 50,257 tokens. Writes train.bin and val.bin to weights/gpt2_tokenizer/RUN/.
+
+    The merges are fetched at the first use and kept in resources/. The last part of each text is for validation.
+    Documents are told apart by <|endoftext|>, which a text may hold already.
+    """
+    from picogpt.data import tokens
+    from picogpt.data.bpe import GPT2Tokenizer
+
+    texts = texts or (_corpus_here(),)
+    corpus = _name_of(texts, corpus)
+    folder = WEIGHTS / "gpt2_tokenizer" / (run or now())
+    tokenizer = GPT2Tokenizer.fetched(RESOURCES)
+    data = tokens.tokenize_gpt2(texts, folder, tokenizer, corpus, val_fraction, threads)
+    click.echo(
+        f"{corpus}: {data.train.header.count:,} tokens for training, {data.val.header.count:,} for validation: {folder}/"
+    )
+
+
+def _corpus_here() -> Path:
+    """The first registered corpus that has been fetched."""
+    from picogpt.data import assets
+
+    corpora = [RESOURCES / asset.file for asset in assets.registry().values() if asset.kind == "corpus"]
+    here = [path for path in corpora if path.exists()]
+    if not here:
+        raise UsageError("no corpus is in resources/: picogpt fetch tinyshakespeare brings one, or give --text FILE")
+    return here[0]
+
+
+def _name_of(texts: Sequence[Path], corpus: str | None) -> str:
+    """The name of a corpus in all results. Raises UsageError when it is that of a registered one, and it is not that."""
+    from picogpt.data import assets
+    from picogpt.files import sha256_file
+
+    registered = assets.identify(sha256_file(texts[0])) if len(texts) == 1 and texts[0].is_file() else None
+    name = corpus or registered or texts[0].stem
+    if name != registered and name in assets.registry():
+        raise UsageError(f"{texts[0]} is not the registered {name}, whose name it bears: name yours with --corpus")
+    return name

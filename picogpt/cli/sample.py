@@ -1,0 +1,176 @@
+"""Commands that use a trained model: sample, evaluate, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, token_folder
+from picogpt.errors import PicogptError, UsageError
+
+
+@click.command()
+@click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
+@model_options
+@click.option("-n", "--num-tokens", type=int, default=500, help="Tokens to make.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; repeatable. [default: a line break]")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the text to continue.")
+@click.option("--truncate", is_flag=True, help="Of a prompt longer than the context, read the end alone.")
+@click.option("--temperature", type=float, default=1.0, help="Below 1 bolder, above 1 wilder; 0 is greedy.")
+@click.option("--top-k", type=int, help="Choose among the k most likely tokens.")
+@click.option("--top-p", type=float, help="Choose among the likeliest tokens that together reach this probability.")
+@click.option("--seed", type=int, default=1337, help="The same seed gives the same text; text i has seed + i.")
+@click.option("--num-samples", type=int, default=1, help="Texts for each prompt, all at once.")
+@click.option("--stop", "stops", multiple=True, help="End a text before this string; repeatable.")
+@click.option("--ignore-end", is_flag=True, help="Go on past <|endoftext|>, which otherwise ends a text.")
+@click.option("--stream/--no-stream", default=None, help="Print as it is made. [default: for one text on a terminal]")
+@click.option("--cache/--no-cache", default=True, help="Remember keys and values; without, the same text, slowly.")
+@click.option("--untrained", is_flag=True, help="Sample from the weights that the training began with.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
+def sample(
+    kind: str,
+    ckpt: Path | None,
+    tokenizer_dir: Path | None,
+    device: str,
+    dtype: str,
+    num_tokens: int,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    truncate: bool,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    num_samples: int,
+    stops: tuple[str, ...],
+    ignore_end: bool,
+    stream: bool | None,
+    cache: bool,
+    untrained: bool,
+    out: Path | None,
+) -> None:
+    """Sample text from a trained model, or from OpenAI's GPT-2, which is fetched at its first use.
+
+    \b
+      picogpt sample char-transformer -n 1000 --prompt "ROMEO:"
+      picogpt sample char-transformer --ckpt weights/char_transformer/RUN/best.pt \\
+          --tokenizer-dir weights/char_tokenizer/RUN/ -n 10000
+      picogpt sample gpt2-pretrained --prompt "Once upon a time" --top-k 40 --stop "The End"
+    """
+    if num_tokens < 1:
+        raise UsageError(f"-n {num_tokens}: must be 1 or more")
+    if num_samples < 1:
+        raise UsageError(f"--num-samples {num_samples}: must be 1 or more")
+    if prompts and prompt_file is not None:
+        raise UsageError("give --prompt or --prompt-file, not both")
+
+    from picogpt import sample as sampling
+    from picogpt.files import read_text, write_text
+
+    decoding = sampling.Decoding(temperature, top_k, top_p)
+    model, tokenizer, _ = load_model(kind, ckpt, tokenizer_dir, untrained)
+    given = prompts or ((read_text(prompt_file),) if prompt_file else ())
+    texts = list(given) or [sampling.first_prompt(tokenizer, kind in PRETRAINED)]
+    block_size = model.config.block_size
+    if truncate:
+        texts = [tokenizer.decode(tokenizer.encode(text)[-block_size:]) for text in texts]
+    for text in texts:
+        sampling.check_prompt(tokenizer, text, block_size)
+    texts = [text for text in texts for _ in range(num_samples)]
+    live = stream if stream is not None else out is None and len(texts) == 1 and sys.stdout.isatty()
+    if live and (len(texts) > 1 or out):
+        raise UsageError(
+            "--stream prints one text to the terminal: leave out --num-samples, a second --prompt and --out"
+        )
+
+    def echo(text: str) -> None:
+        click.echo(text, nl=False)
+
+    if live and given:
+        echo(texts[0])
+    model = sampling.prepare(model, device, dtype)
+    samples, seconds = sampling.sample_texts(
+        model, tokenizer, texts, num_tokens, decoding, seed, stops, not ignore_end, cache, echo if live else None
+    )
+    whole = "\n---\n".join((text if given else "") + made.text for text, made in zip(texts, samples, strict=True))
+    if out:
+        write_text(out, whole)
+    else:
+        click.echo("" if live else whole)
+    made = sum(made.tokens for made in samples)
+    click.echo(f"{made:,} tokens, {made / seconds:,.1f} tokens/s", err=True)
+
+
+@click.command()
+@click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
+@model_options
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of token files. [default: newest in weights/]")
+@click.option("--prompt", "prompts", multiple=True, help="Also continue this text; repeatable.")
+@click.option("-n", "--num-tokens", type=click.IntRange(1), default=100, help="Tokens of each text.")
+@click.option("--seed", type=int, default=1337, help="Of the texts.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a record of the result.")
+@click.option("--optional", is_flag=True, help="Where the hub cannot be reached, write a record that says so.")
+def evaluate(
+    kind: str,
+    ckpt: Path | None,
+    tokenizer_dir: Path | None,
+    device: str,
+    dtype: str,
+    data: Path | None,
+    prompts: tuple[str, ...],
+    num_tokens: int,
+    seed: int,
+    out: Path | None,
+    optional: bool,
+) -> None:
+    """Measure the loss of a model on the whole validation text, in the dtype in which it would sample.
+
+    \b
+      picogpt evaluate gpt2
+      picogpt evaluate gpt2 --dtype int8                   what eight bits cost
+      picogpt evaluate gpt2-pretrained
+    """
+    from picogpt import records
+    from picogpt.bench import quality
+    from picogpt.data.tokens import open_data
+    from picogpt.errors import Unreachable
+
+    token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
+    try:
+        model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir)
+    except Unreachable as error:
+        if not (optional and out):
+            raise
+        records.write(out, quality.unreachable(f"evaluate {kind} {dtype}", str(error), token_data))
+        click.echo(f"{kind}: not measured here: hub unreachable", err=True)
+        return
+    record = quality.measure(kind, model, tokenizer, source, token_data, device, dtype, prompts, num_tokens, seed)
+    if out:
+        records.write(out, record)
+    click.echo(f"{source}, {dtype}: validation loss {record['results']['val_loss']:.6f} nats a token")
+    for prompt, text in zip(prompts, record["results"]["texts"], strict=True):
+        click.echo(f"---\n{prompt}{text}")
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["gpt2"]))
+@click.option("--ckpt", type=click.Path(path_type=Path), help="A best.pt. [default: of the newest run]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write; it must not exist.")
+def export(kind: str, ckpt: Path | None, out: Path) -> None:
+    """Write a trained GPT-2 as a Hugging Face folder: safetensors, config, tokenizer.
+
+    \b
+      picogpt export gpt2 --out my-gpt2
+      python -c "from transformers import pipeline; print(pipeline('text-generation', 'my-gpt2')('ROMEO:'))"
+    """
+    from picogpt.data.bpe import GPT2Tokenizer
+    from picogpt.export import export_folder
+    from picogpt.models.gpt2 import GPT2
+
+    model, tokenizer, source = load_model(kind, ckpt, None)
+    if not isinstance(model, GPT2) or not isinstance(tokenizer, GPT2Tokenizer):
+        raise PicogptError(f"{source} is no GPT-2")
+    export_folder(model, tokenizer, out)
+    click.echo(f"{out}: {source} for transformers")

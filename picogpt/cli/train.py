@@ -1,0 +1,146 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from picogpt.cli.common import KINDS, RUN_PATTERN, WEIGHTS, now, size_of, token_folder
+from picogpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from picogpt.data.tokens import TokenData
+
+
+class TrainCommand(click.Command):
+    """Lists every setting, from the types that check them, at the end of its help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from picogpt.config import (
+            CharBigramConfig,
+            CharTransformerConfig,
+            GPT2Config,
+            RuntimeConfig,
+            Settings,
+            TrainConfig,
+            describe,
+        )
+
+        sections: dict[str, tuple[str, type[Settings]]] = {
+            "model of char-bigram": ("model", CharBigramConfig),
+            "model of char-transformer": ("model", CharTransformerConfig),
+            "model of gpt2": ("model", GPT2Config),
+            "train: what changes the result": ("train", TrainConfig),
+            "runtime: where and how to run": ("runtime", RuntimeConfig),
+        }
+        formatter.write_paragraph()
+        formatter.write_text("Settings, in the YAML file and for --set (the shipped files differ from these defaults):")
+        for title, (prefix, cls) in sections.items():
+            rows = [
+                (f"{key}{f'={default}' if default not in ('', 'null') else ''}", text)
+                for key, default, text in describe(cls, f"{prefix}.")
+                if key != "model.kind"
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=44)
+
+
+@click.command(cls=TrainCommand)
+@click.argument("kind", type=click.Choice(KINDS))
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of token files. [default: newest in weights/]")
+@click.option("--run", help=f"{RUN_PATTERN}. A run that was stopped goes on under its name.")
+@click.option("--folder", type=click.Path(path_type=Path), help="The folder of the run itself, wherever it is.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings. [default: the shipped one]")
+@click.option("--size", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="Which shipped settings.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
+@click.option("--seed", type=int, help="Short for --set train.seed=N.")
+@click.option("--steps", type=int, help="Short for --set train.steps=N.")
+@click.option(
+    "--init",
+    type=click.Choice(["scratch", "pretrained"]),
+    help="Short for --set train.init=: gpt2 from OpenAI's weights.",
+)
+@click.option("--device", help="Short for --set runtime.device=NAME: auto, cpu, cuda, cuda:N, mps.")
+@click.option("--replace", is_flag=True, help="Start over where the folder holds a run of other settings or data.")
+def train(
+    kind: str,
+    data: Path | None,
+    run: str | None,
+    folder: Path | None,
+    config: Path | None,
+    size: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    steps: int | None,
+    init: str | None,
+    device: str | None,
+    replace: bool,
+) -> None:
+    """Train a model. Results go to weights/KIND/RUN/: best.pt, metrics.jsonl, record.json (gpt2: RUN/CORPUS/).
+
+    Stop it with Ctrl-C (or SIGTERM, SIGUSR1): it saves at the next step, and the same command with its --run goes
+    on from there, to the same weights bit for bit. Under torchrun every rank takes its part of each batch; a run may
+    go on with another number of ranks.
+
+    \b
+      picogpt train char-bigram
+      picogpt train char-transformer --run mine --set model.n_layer=6 --set train.epochs=4
+      picogpt train gpt2 --init pretrained --steps 100
+      torchrun --standalone --nproc_per_node=2 -m picogpt train gpt2
+    """
+    if run and folder:
+        raise UsageError("give --run or --folder, not both")
+    from picogpt.config import load_experiment, model_config_file
+    from picogpt.data.tokens import open_data
+    from picogpt.train.distributed import joined
+
+    short = {"train.seed": seed, "train.steps": steps, "train.init": init, "runtime.device": device}
+    overrides += tuple(f"{key}={value}" for key, value in short.items() if value is not None)
+    experiment = load_experiment(config or model_config_file(kind, size_of(size)), overrides)
+    if experiment.model.kind != kind:
+        raise UsageError(f"{config} describes a {experiment.model.kind}, not a {kind}")
+    token_data = open_data(data or token_folder(kind))
+    _require_fitting(kind, token_data)
+
+    from picogpt.train.loop import Trainer
+
+    with joined(experiment.runtime.device) as world:
+        place = folder or world.from_first(lambda: _folder(kind, run, token_data.train.header.corpus))
+        trainer = Trainer(experiment, token_data, place, world)
+        record = trainer.run(replace)
+    if not world.first:
+        return
+    if not trainer.progress.sessions:
+        click.echo(f"{place} was finished already; nothing was trained", err=True)
+    results = record["results"]
+    click.echo(
+        f"{place}/best.pt: validation loss {results['best_val_loss']:.6f} at epoch {results['best_epoch']:.2f}"
+        f" (step {results['best_step']} of {results['steps']}), {results['train_seconds']:.0f} s of training"
+    )
+
+
+def _require_fitting(kind: str, data: TokenData) -> None:
+    """Raises UsageError where the tokens are not those of the model."""
+    from picogpt.data import assets, bpe
+
+    header, path = data.train.header, data.train.path
+    of_gpt2 = header.tokenizer_sha256 == assets.find(bpe.RANKS).sha256
+    if of_gpt2 != (kind == "gpt2"):
+        held = "GPT-2's tokens" if of_gpt2 else f"tokens of another tokenizer ({header.vocab_size} of them)"
+        wanted = "gpt2" if kind == "gpt2" else "char"
+        raise UsageError(f"{path} holds {held}, and {kind} needs others: picogpt tokenize {wanted} makes them")
+
+
+def _folder(kind: str, run: str | None, corpus: str) -> Path:
+    """weights/KIND/RUN, for gpt2 with a folder for the corpus; after a restart by torchrun, that of the run that broke."""
+    parent = WEIGHTS / kind.replace("-", "_")
+    last = Path(re.sub(r"[^A-Za-z0-9._-]+", "_", corpus).strip(".") or "corpus") if kind == "gpt2" else Path()
+    if run is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        begun = sorted(parent.glob(str("*" / last / "checkpoints")), key=lambda path: path.stat().st_mtime)
+        if begun:
+            return begun[-1].parent
+    return parent / (run or now()) / last

@@ -1,0 +1,105 @@
+"""A trained GPT-2 as a folder of the Hugging Face kind, for transformers and all that reads what it writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from picogpt.config import GPT2Config
+from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer, byte_characters
+from picogpt.errors import PicogptError
+from picogpt.models.gpt2 import GPT2
+from picogpt.models.pretrained import FILE, TURNED
+
+
+def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
+    """Write a folder that transformers loads as a GPT2LMHeadModel with its tokenizer, all of it or nothing.
+
+    Raises PicogptError when the folder exists or cannot be written.
+    """
+    if folder.exists():
+        raise PicogptError(f"{folder} exists already: remove it, or choose another --out")
+    state = {}
+    for name, tensor in model.state_dict().items():
+        turned = name.endswith(TURNED)
+        state[f"transformer.{name}"] = (tensor.float().T if turned else tensor.float()).contiguous().cpu()
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        save_file(state, temporary / FILE, metadata={"format": "pt"})
+        for name, text in _texts(model.config, model.wte.num_embeddings, tokenizer).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise PicogptError(f"cannot export to {folder}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _texts(config: GPT2Config, vocab_size: int, tokenizer: GPT2Tokenizer) -> dict[str, str]:
+    """The small files of the folder by name."""
+    model: dict[str, Any] = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "vocab_size": vocab_size,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.end_of_text,
+        "eos_token_id": tokenizer.end_of_text,
+        "torch_dtype": "float32",
+    }
+    words: dict[str, Any] = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": config.block_size,
+        "add_prefix_space": False,
+        **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")},
+    }
+    vocabulary = {_written(token): rank for token, rank in tokenizer.ranks.items()}
+    vocabulary[END_OF_TEXT] = len(tokenizer.ranks)
+    return {
+        "config.json": json.dumps(model, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(words, indent=2) + "\n",
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges(tokenizer)),
+    }
+
+
+def merges(tokenizer: GPT2Tokenizer) -> list[tuple[str, str]]:
+    """The pairs that each merge joins, in order, as OpenAI's files write them."""
+    pairs = []
+    for token, rank in tokenizer.ranks.items():
+        if rank < 256:
+            continue
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:  # what came before this merge has joined all but the last two parts
+            ranks = [tokenizer.ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            first = ranks.index(min(ranks))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        pairs.append((_written(parts[0]), _written(parts[1])))
+    return pairs
+
+
+def _written(token: bytes) -> str:
+    characters = byte_characters()
+    return "".join(characters[byte] for byte in token)

@@ -1,0 +1,48 @@
+"""Weights in eight bits for sampling: what a token costs one stream is reading every weight once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from picogpt.models.gpt2 import GPT2
+
+FEW_ROWS = 4
+"""Up to so many rows the kernel that multiplies bytes is faster than turning them into bfloat16 first."""
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are bytes with one scale for each output; inputs and outputs stay bfloat16."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
+        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))  # (out, in)
+        self.register_buffer("scale", scale.bfloat16())
+        self.register_buffer("bias", None if bias is None else bias.detach().bfloat16())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out), bfloat16."""
+        rows = x.reshape(-1, x.size(-1)).bfloat16()
+        if len(rows) <= FEW_ROWS and rows.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.bfloat16()) * self.scale
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def quantize(model: GPT2) -> GPT2:
+    """Turn every matrix of a GPT-2 into bytes, in place: those of the blocks, and the head's copy of the token table."""
+    model.bfloat16()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child.weight, child.bias))
+    model.head = Int8Linear(model.wte.weight, None)
+    return model

@@ -1,0 +1,50 @@
+"""Trains a small model as one rank of a job that torchrun started, or alone.
+
+Arguments: run folder, tokens folder, settings as JSON (model, train), what else to do: none, die:STEP (rank 1 is
+killed there, once), nan:STEP (the loss of rank 1 is not a number), or linger (slow steps).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from conftest import SMALL_RUNTIME
+
+from picogpt import cli
+from picogpt.config import Experiment
+from picogpt.data.tokens import open_data
+from picogpt.train.distributed import joined
+from picogpt.train.loop import Trainer
+
+
+def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
+    experiment = Experiment.model_validate({**json.loads(settings), "runtime": SMALL_RUNTIME})
+    kind, _, number = misfortune.partition(":")
+    with joined("cpu") as world:
+        trainer = Trainer(experiment, open_data(tokens), folder, world)
+        step = trainer._step
+
+        def unlucky(index: int) -> torch.Tensor:
+            if kind == "linger":
+                time.sleep(0.05)
+                if index == 5:
+                    Path(folder, f"ready{world.rank}").touch()
+            elif world.rank == 1 and index == int(number or -1):
+                if kind == "die" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif kind == "nan":
+                    forward = trainer.forward
+                    trainer.forward = lambda x, y: forward(x, y) * float("nan")
+            return step(index)
+
+        trainer._step = unlucky  # type: ignore[method-assign]
+        trainer.run()
+
+
+if __name__ == "__main__":
+    cli.cli = lambda standalone_mode: main(*sys.argv[1:])  # errors as the command line tells them
+    cli.main()

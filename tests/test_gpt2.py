@@ -1,0 +1,155 @@
+"""GPT-2 is the reference implementation's, to the last digits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from picogpt import models
+from picogpt.config import GPT2Config
+from picogpt.models import attention
+from picogpt.models.gpt2 import GPT2
+from picogpt.models.loss import linear_cross_entropy
+from picogpt.models.pretrained import TURNED, VOCAB_SIZE, registry
+
+transformers = pytest.importorskip("transformers")
+
+
+def reference(config: GPT2Config, vocab_size: int) -> torch.nn.Module:
+    """transformers' GPT-2 of the same shape, without dropout."""
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            n_positions=config.block_size,
+            attn_pdrop=0,
+            resid_pdrop=0,
+            embd_pdrop=0,
+        )
+    )
+
+
+def pair(config: GPT2Config, vocab_size: int) -> tuple[GPT2, torch.nn.Module]:
+    """Ours and theirs with the same weights; biases and gains are disturbed, so that a forgotten one shows."""
+    ours = models.build(config, vocab_size, seed=0)
+    assert isinstance(ours, GPT2)
+    torch.manual_seed(1)
+    for parameter in ours.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs = reference(config, vocab_size)
+    state = {f"transformer.{n}": t.T if n.endswith(TURNED) else t for n, t in ours.state_dict().items()}
+    missing = theirs.load_state_dict(state, strict=False)
+    assert missing.missing_keys == ["lm_head.weight"]  # tied
+    assert not missing.unexpected_keys
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", registry())
+def test_logits_loss_and_gradients_equal_the_reference_at_every_size(name: str):
+    config = registry()[name].config().model_copy(update={"n_layer": 1})
+    ours, theirs = pair(config, VOCAB_SIZE)
+    for length in (1, 7, 130):
+        idx = torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
+    targets = idx.roll(-1, 1)
+    loss = ours(idx, targets)
+    expected = F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    loss.backward()
+    expected.backward()
+    theirs_by_name = {n.removeprefix("transformer."): p.grad for n, p in theirs.named_parameters()}
+    for n, parameter in ours.named_parameters():
+        expected_grad = theirs_by_name[n].T if n.endswith(TURNED) else theirs_by_name[n]
+        assert (parameter.grad - expected_grad).abs().max() < 1e-5, n
+
+
+def test_the_full_context_equals_the_reference():
+    config = GPT2Config(kind="gpt2", n_layer=2, n_head=4, n_embd=64)
+    ours, theirs = pair(config, 997)
+    idx = torch.randint(997, (1, 1024))
+    with torch.no_grad():
+        assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
+
+
+def test_every_size_has_the_parameters_it_is_called_by():
+    for asset in registry().values():
+        with torch.device("meta"):
+            model = GPT2(asset.config(), VOCAB_SIZE)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6) == int(asset.parameters.removesuffix("M"))
+
+
+def test_the_cost_of_a_token_is_the_stated_formula():
+    with torch.device("meta"):
+        model = GPT2(GPT2Config(kind="gpt2"), VOCAB_SIZE)
+    assert round(model.flops_per_token() / 1e6) == 854
+
+
+def test_initial_weights_are_gpt2s():
+    model = models.build(GPT2Config(kind="gpt2", n_layer=8, n_embd=256, n_head=4), 4000, seed=0)
+    state = model.state_dict()
+    assert state["wte.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert state["h.3.mlp.c_fc.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert state["h.3.mlp.c_proj.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    assert not state["h.3.mlp.c_fc.bias"].any()
+    assert (state["ln_f.weight"] == 1).all()
+    assert "head.weight" not in state
+
+
+@pytest.mark.parametrize("vocab_size", [64, 65, 127])
+@pytest.mark.parametrize("budget", [1 << 28, 1 << 12])
+def test_the_fused_loss_is_cross_entropy_whatever_is_held_at_once(monkeypatch, vocab_size: int, budget: int):
+    monkeypatch.setattr("picogpt.models.loss.LOGITS_BYTES", budget)  # 4 KiB: several parts
+    torch.manual_seed(0)
+    x, weight = torch.randn(150, 16, requires_grad=True), torch.randn(vocab_size, 16, requires_grad=True)
+    targets = torch.randint(vocab_size, (150,))
+    expected = F.cross_entropy(x @ weight.T, targets)
+    gradients = torch.autograd.grad(3 * expected, (x, weight))
+    loss = linear_cross_entropy(x, weight, targets)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, (x, weight)), gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    with torch.no_grad():
+        assert linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_columns_of_padding_take_no_part_in_the_loss():
+    # All real logits are far below zero: a padded column, which is zero, would take all the probability.
+    x, weight = torch.ones(4, 8), torch.full((65, 8), -10.0)
+    assert linear_cross_entropy(x, weight, torch.arange(4)).item() == pytest.approx(torch.tensor(65.0).log().item())
+
+
+@pytest.mark.parametrize("length", [1, 5, 128, 129, 300])
+def test_attention_in_blocks_is_attention(length: int):
+    torch.manual_seed(length)
+    q, k, v = (torch.randn(2, 3, length, 8, requires_grad=True) for _ in range(3))
+    g = torch.randn(2, 3, length, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    gradients = torch.autograd.grad(expected, (q, k, v), g)
+    y = attention.attend(q, k, v)
+    assert y.grad_fn.name() == "BlockedAttentionBackward"
+    assert torch.allclose(y, expected, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(y, (q, k, v), g), gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_dropout_drops_in_training_alone():
+    model = models.build(GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8, dropout=0.5), 11, seed=0)
+    idx = torch.arange(8)[None]
+    assert not torch.equal(model(idx), model(idx))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+
+
+def test_an_id_beyond_the_vocabulary_is_an_error():
+    model = models.build(GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8), 11, seed=0)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[11]]))
+
+
+def test_the_file_can_be_read_in_a_sitting():
+    assert len(Path(models.__file__).with_name("gpt2.py").read_text().splitlines()) < 200

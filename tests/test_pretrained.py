@@ -1,0 +1,278 @@
+"""OpenAI's weights through the real client of the hub, from a hub of this test; and the way back."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hub as hub_server
+import pytest
+import torch
+from hub import Hub
+from safetensors.torch import load_file, save
+
+from picogpt import models
+from picogpt.config import GPT2Config
+from picogpt.data.bpe import GPT2Tokenizer
+from picogpt.errors import PicogptError, Unreachable, UsageError
+from picogpt.export import export_folder
+from picogpt.models import pretrained
+from picogpt.models.gpt2 import GPT2
+from picogpt.models.pretrained import TURNED, Pretrained, load_safetensors
+
+CONFIG = GPT2Config(kind="gpt2", n_layer=2, n_head=2, n_embd=8)
+REVISION = "0123456789" * 4
+
+
+def small() -> GPT2:
+    model = models.build(CONFIG, pretrained.VOCAB_SIZE, seed=3)
+    assert isinstance(model, GPT2)
+    return model.eval()
+
+
+def openai_names(model: GPT2) -> dict[str, torch.Tensor]:
+    """The tensors as OpenAI's files have them, constants of old ones included."""
+    state = {n: (t.T if n.endswith(TURNED) else t).contiguous() for n, t in model.state_dict().items()}
+    for layer in range(CONFIG.n_layer):
+        state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 4, 4)
+    return state
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return save(openai_names(small()))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> Iterator[Hub]:
+    """A hub with a small model, the only one it has, registered as `pretrained`."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "xet"))
+    with hub_server.running() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.address)
+        running.files[f"openai-community/gpt2/{REVISION}/model.safetensors"] = content
+        register(monkeypatch, hashlib.sha256(content).hexdigest())
+        yield running
+
+
+def register(monkeypatch: pytest.MonkeyPatch, sha256: str | None) -> None:
+    asset = Pretrained(
+        repository="openai-community/gpt2", revision=REVISION, sha256=sha256, parameters="0M",
+        n_layer=2, n_head=2, n_embd=8,
+    )  # fmt: skip
+    monkeypatch.setattr(pretrained, "registry", lambda: {"pretrained": asset})
+
+
+def test_the_hub_is_asked_once_and_its_cache_serves_from_then_on(hub: Hub):
+    model = pretrained.load("pretrained")
+    expected = small()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert [path for method, path, _ in hub.requests if method == "GET"] == [
+        f"/store/openai-community/gpt2/{REVISION}/model.safetensors"
+    ]
+    asked = len(hub.requests)
+    hub.status = 500
+    pretrained.load("pretrained")
+    assert len(hub.requests) == asked
+
+
+def test_a_hang_up_is_resumed_where_it_stopped(hub: Hub, content: bytes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 14)  # 10 MB: this file in one piece
+    hub.hang_up_after = [len(content) // 2]
+    try:
+        path = pretrained.fetch("pretrained")
+    except Unreachable:  # the client may leave it to the next run
+        path = pretrained.fetch("pretrained")
+    assert path.read_bytes() == content
+    ranges = [wanted for method, _, wanted in hub.requests if method == "GET"]
+    assert any(wanted and int(wanted.removeprefix("bytes=").split("-")[0]) > 0 for wanted in ranges), ranges
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_another_file_is_refused_and_not_kept(hub: Hub, monkeypatch, tmp_path: Path, registered: bool):
+    if registered:
+        register(monkeypatch, "a" * 64)
+    else:  # no hash is registered: the hub's own must fit
+        register(monkeypatch, None)
+        hub.claimed_hash = "a" * 64
+    with pytest.raises(PicogptError, match=f"sha256 [0-9a-f]{{64}}, expected {'a' * 64}"):
+        pretrained.fetch("pretrained")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 1000]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        (401, PicogptError, "401 .*hf auth login, or HF_TOKEN"),
+        (403, PicogptError, "403 .*may not read"),
+        (404, PicogptError, "404 .*is HF_ENDPOINT right"),
+        (503, Unreachable, "503|cannot"),
+    ],
+)
+def test_a_refusal_says_what_to_do(hub: Hub, status: int, error: type, message: str):
+    hub.status = status
+    with pytest.raises(error, match=message):
+        pretrained.fetch("pretrained")
+
+
+def test_where_no_hub_answers_the_message_names_it(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:9.*picogpt fetch pretrained"):
+        pretrained.fetch("pretrained")
+
+
+def test_the_commands(hub: Hub, picogpt, gpt2_resources: Path, tmp_path: Path, corpus: Path):
+    (tmp_path / "resources").symlink_to(gpt2_resources)
+    run = picogpt("sample", "gpt2-pretrained", "-n", 5, "--prompt", "Hello")
+    assert run.status == 0, run.err
+    assert run.out.startswith("Hello")
+    assert picogpt("fetch", "pretrained").out.startswith("pretrained: ")
+    assert picogpt("tokenize", "gpt2", "--text", corpus, "--run", "t").status == 0
+    out = ["--out", "record.json"]
+    assert picogpt("evaluate", "gpt2-pretrained", *out, "--prompt", "the king", "-n", 3).status == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["results"]["val_loss"] == pytest.approx(10.8, abs=0.2)  # ln 50257: it knows nothing
+    assert len(record["results"]["texts"]) == 1
+    tune = ["train", "gpt2", "--init", "pretrained", "--run", "tuned", "--steps", 2, "--size", "cpu"]
+    tune += [f"--set=model.{key}" for key in ("n_layer=2", "n_head=2", "n_embd=8")]
+    # The small corpus does not fill one window of 1,024 tokens.
+    run = picogpt(*tune)
+    assert run.status == 1
+    assert "needs at least 2,048" in run.err
+
+    wrong = picogpt("sample", "gpt2-pretrained", "--ckpt", "x.pt")
+    assert (wrong.status, "leave out --ckpt" in wrong.err) == (2, True)
+
+
+def test_fine_tuning_begins_with_the_weights(hub: Hub):
+    model = pretrained.load_for(CONFIG.model_copy(update={"dropout": 0.1}), 50257)
+    assert model.training
+    assert model.config.dropout == 0.1
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model.wte.weight, small().wte.weight)
+    with pytest.raises(UsageError, match="no pretrained weights fit n_layer=3"):
+        pretrained.load_for(CONFIG.model_copy(update={"n_layer": 3}), 50257)
+
+
+def test_what_could_not_be_measured_is_recorded_as_such(
+    hub: Hub, picogpt, gpt2_resources: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (tmp_path / "resources").symlink_to(gpt2_resources)
+    assert picogpt("tokenize", "gpt2", "--text", corpus, "--run", "t").status == 0
+    assert picogpt("evaluate", "gpt2-pretrained").status == 1
+    for command in (["evaluate"], ["bench", "sample"]):
+        run = picogpt(*command, "gpt2-pretrained", "--optional", "--out", "record.json")
+        assert run.status == 0
+        assert "not measured here: hub unreachable" in run.err
+        assert json.loads((tmp_path / "record.json").read_text())["not_measured"] == "hub unreachable"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("h.1.ln_2.bias"), r"h\.1\.ln_2\.bias is missing"),
+        (lambda state: state.update({"h.2.ln_2.bias": torch.zeros(8)}), r"h\.2\.ln_2\.bias is unknown"),
+        (
+            lambda state: state.update({"wpe.weight": torch.zeros(7, 8)}),
+            r"wpe\.weight has shape \(7, 8\), not \(1024, 8\)",
+        ),
+        (
+            lambda state: state.update({"h.0.attn.c_attn.weight": torch.zeros(24, 8)}),
+            r"c_attn\.weight has shape \(8, 24\)",
+        ),
+        (lambda state: state.update({"wte.weight": torch.zeros(50257)}), r"wte\.weight has shape"),
+    ],
+)
+def test_other_tensors_are_named(tmp_path: Path, change: Callable, message: str):
+    state = openai_names(small())
+    change(state)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save(state))
+    with pytest.raises(PicogptError, match=f"model.safetensors does not fit the model: .*{message}"):
+        load_safetensors(path, CONFIG, 50257)
+
+
+@pytest.mark.parametrize("damage", ["length", "long", "cut", "empty", "offsets", "text"])
+def test_a_header_that_lies_is_found_out(tmp_path: Path, content: bytes, damage: str):
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["wte.weight"]["data_offsets"][1] += 4
+    lying = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(
+        {
+            "length": (size + 1000).to_bytes(8, "little") + content[8:],
+            "long": (1 << 62).to_bytes(8, "little") + content[8:],
+            "cut": content[:-100],
+            "empty": b"",
+            "offsets": len(lying).to_bytes(8, "little") + lying + content[8 + size :],
+            "text": b"not at all a safetensors file",
+        }[damage]
+    )
+    with pytest.raises(PicogptError, match=r"model\.safetensors is no whole safetensors file"):
+        load_safetensors(path, CONFIG, 50257)
+
+
+def test_files_with_transformers_own_prefix_are_read(tmp_path: Path):
+    state = {f"transformer.{n}": t for n, t in openai_names(small()).items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save(state))
+    assert torch.equal(load_safetensors(path, CONFIG, 50257).wpe.weight, small().wpe.weight)
+
+
+def test_an_export_is_loaded_by_transformers_and_gives_the_same(gpt2: GPT2Tokenizer, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model = small()
+    export_folder(model, gpt2, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "Don't stop — naïve 東京 1234\n\n  x"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == gpt2.encode(text).tolist()
+    assert tokenizer.decode(ids[0]) == text
+    with torch.no_grad():
+        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+    from picogpt.sample import Decoding, generate
+
+    greedy = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert greedy[0, ids.size(1) :].tolist() == generate(model, [ids[0]], 20, Decoding(0), seed=0)[0].tolist()
+    # And back: our own reader takes it.
+    assert torch.equal(load_safetensors(tmp_path / "out/model.safetensors", CONFIG, 50257).wte.weight, model.wte.weight)
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+    with pytest.raises(PicogptError, match="exists already"):
+        export_folder(model, gpt2, tmp_path / "out")
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from picogpt.cli import main
+sys.argv = ["picogpt", "export", "gpt2", "--ckpt", sys.argv[1], "--out", "out"]
+main()
+"""
+
+
+def test_without_space_an_export_leaves_nothing(gpt2: GPT2Tokenizer, gpt2_resources: Path, tmp_path: Path):
+    from picogpt.config import Experiment
+    from picogpt.train.checkpoint import save_weights
+
+    experiment = Experiment.model_validate({"model": CONFIG.model_dump(), "train": {"steps": 1}})
+    corpus = {"tokenizer_sha256": gpt2.sha256}
+    save_weights(tmp_path / "best.pt", small(), experiment, 50257, corpus, 1, 1.0)
+    (tmp_path / "resources").symlink_to(gpt2_resources)
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, "best.pt"], cwd=tmp_path, capture_output=True, text=True, env=os.environ
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("picogpt: cannot export to out: ")
+    assert "Traceback" not in run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "resources"]

@@ -1,0 +1,91 @@
+# in:  GPT-2 as trained here, and OpenAI's where the hub could be reached
+# out: results/records/: what each knows, how fast it samples, what it weighs
+
+
+rule evaluate:
+    """
+    The loss on the whole validation text, in the dtype in which the model would sample, and texts from given prompts.
+
+    For weights in eight bits the difference to float32 is what they cost.
+    """
+    input:
+        ckpt=lambda wildcards: gpt2_weights(wildcards.gpt2),
+        tokens=rules.tokenize_gpt2.output,
+        ranks="resources/gpt2.tiktoken",
+    output:
+        "results/records/evaluate_{gpt2}_{dtype}.json",
+    log:
+        "logs/evaluate_{gpt2}_{dtype}.log",
+    conda:
+        "../envs/picogpt.yaml"
+    resources:
+        machine=100,
+        runtime=30,
+        mem_mb=6000,
+    params:
+        model=lambda wildcards: gpt2_arguments(wildcards.gpt2),
+        tokens=GPT2_TOKENS,
+        prompts=[f"--prompt={prompt}" for prompt in config["gpt2"]["prompts"]],
+        prompt_tokens=config["gpt2"]["prompt_tokens"],
+    shell:
+        "picogpt evaluate {params.model:q}"
+        " --dtype {wildcards.dtype}"
+        " --data {params.tokens:q}"
+        " {params.prompts:q}"
+        " -n {params.prompt_tokens}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
+
+
+rule bench_sampling:
+    """How many tokens a second one stream gets; nothing else runs meanwhile, and every run is listed."""
+    input:
+        ckpt=lambda wildcards: gpt2_weights(wildcards.gpt2),
+        ranks="resources/gpt2.tiktoken",
+    output:
+        "results/records/sampling_{gpt2}_{dtype}.json",
+    log:
+        "logs/bench_sampling_{gpt2}_{dtype}.log",
+    conda:
+        "../envs/picogpt.yaml"
+    resources:
+        machine=100,
+        runtime=30,
+        mem_mb=4000,
+    params:
+        model=lambda wildcards: gpt2_arguments(wildcards.gpt2),
+        tokens=config["gpt2"]["throughput_tokens"],
+        runs=config["gpt2"]["throughput_runs"],
+    shell:
+        "picogpt bench sample {params.model:q}"
+        " --dtype {wildcards.dtype}"
+        " -n {params.tokens}"
+        " --runs {params.runs}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
+
+
+rule bench_weights:
+    """What the trained weights weigh on disk, beside OpenAI's."""
+    input:
+        ckpt=f"{GPT2}/best.pt",
+        pretrained="resources/pretrained.txt",
+        char=expand(f"weights/{{model}}/{RUN}/best.pt", model=MODELS),
+    output:
+        "results/records/weights.json",
+    log:
+        "logs/bench_weights.log",
+    conda:
+        "../envs/picogpt.yaml"
+    resources:
+        runtime=10,
+        mem_mb=1000,
+    params:
+        char=lambda wildcards, input: [f"{Path(path).parts[1].replace('_', '-')}={path}" for path in input.char],
+    shell:
+        "picogpt bench weights"
+        " {params.char:q}"
+        " gpt2={input.ckpt:q}"
+        " gpt2-pretrained=gpt2-pretrained"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
