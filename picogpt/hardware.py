@@ -119,12 +119,10 @@ def peak_memory_bytes(device: Device) -> int:
 
 
 def prepare(device: Device, threads: int) -> None:
-    """Set what makes torch fast in this process: threads, TF32, and on a CPU memory that stays with the process."""
+    """Set what makes torch fast in this process: threads, and on a CPU memory that stays with the process."""
     import torch
 
     torch.set_num_threads(threads)
-    # TF32 for the float32 matrix products that remain, on GPUs that have it.
-    torch.set_float32_matmul_precision("high")
     if device.kind == "cpu":
         _keep_memory()
 

@@ -23,7 +23,9 @@ import torch
 from picogpt import hardware
 from picogpt.data.tokenizers import Tokenizer
 from picogpt.errors import UsageError
+from picogpt.models import inference
 from picogpt.models.cache import KVCache
+from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel
 from picogpt.progress import counting
 
@@ -240,23 +242,26 @@ class Sample:
     tokens: int
 
 
-def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32") -> LanguageModel:
+def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32", decoding: bool = True) -> LanguageModel:
     """Put a model where and in what it shall decode: float32, bfloat16, or int8 (weights alone, GPT-2 alone).
+
+    With `decoding` false, for evaluation, the matrices of float32 and bfloat16 stay as they are.
 
     Raises UsageError when the device is not here or the model has no int8.
     """
     where = hardware.select(device)
-    torch.set_num_threads(hardware.cpu_count())
-    if dtype == "int8":
-        from picogpt.models.gpt2 import GPT2
-        from picogpt.models.quantize import quantize
-
-        if not isinstance(model, GPT2):
-            raise UsageError("--dtype int8 is for gpt2; the character models fit into a cache as they are")
-        model = quantize(model)
-    elif dtype == "bfloat16":
+    hardware.prepare(where, hardware.cpu_count())
+    if dtype != "float32":
         model = model.bfloat16()
-    return model.to(where.torch_name).eval()
+    model = model.to(where.torch_name).eval()
+    if isinstance(model, GPT2):
+        if dtype == "int8":
+            return inference.specialize(model, inference.Int8Linear)
+        if decoding and where.kind == "cpu" and inference.can_pack():
+            return inference.specialize(model, inference.PackedLinear)
+    elif dtype == "int8":
+        raise UsageError("--dtype int8 is for gpt2; the character models fit into a cache as they are")
+    return model
 
 
 def sample_texts(

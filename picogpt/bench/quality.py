@@ -36,9 +36,9 @@ def measure(
             f"{data.val.path} holds tokens of another tokenizer ({header.vocab_size:,} of them) than that of {source}"
             f" ({tokenizer.vocab_size:,}): give the folder of the right ones with --data"
         )
-    model = prepare(model, device, dtype)
+    model = prepare(model, device, dtype, decoding=False)
     where = hardware.select(device, "float32")  # no autocast: the weights have the dtype that is measured
-    loss = evaluate(model, data.val.ids, where, batch_size=4 if dtype == "int8" else None)
+    loss = evaluate(model, data.val.ids, where, batch_size=1 if dtype == "int8" else None)
     texts = []
     if prompts:
         decoding = Decoding(temperature=0.9, top_k=50)

@@ -62,7 +62,7 @@ class GPT2(LanguageModel):
             return self.head(x)
         if isinstance(self.head, TiedHead):
             return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
-        return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())  # quantized, for evaluation
+        return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())  # specialized for sampling
 
     def flops_per_token(self) -> int:
         """6 for each weight in a matrix product, the head's included, and 12 L C T for attention, counted in full.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from picogpt.errors import PicogptError
 
@@ -38,6 +41,19 @@ class LanguageModel(nn.Module):
     ) -> torch.Tensor:
         """See the class."""
         raise NotImplementedError
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Build modules without memory and without drawing weights: to compare shapes, or to be filled from a file."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    # Drawing no numbers should cost nothing, but the first time it has torch load a second's worth of modules.
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if function is torch.Tensor.normal_ else function(*args, **(kwargs or {}))
 
 
 def check_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:

@@ -10,14 +10,13 @@ import functools
 import os
 from pathlib import Path
 
-import torch
 from pydantic import Field
 
 from picogpt.config import GPT2Config, Settings, config_folder, parse, read_yaml
 from picogpt.errors import PicogptError, Unreachable, UsageError, innermost
 from picogpt.files import sha256_file
 from picogpt.models.gpt2 import GPT2
-from picogpt.models.language_model import check_tensors
+from picogpt.models.language_model import check_tensors, shapes_only
 
 FILE = "model.safetensors"
 VOCAB_SIZE = 50257
@@ -171,7 +170,7 @@ def load_safetensors(path: Path, config: GPT2Config, vocab_size: int) -> GPT2:
         if name.endswith(MASKS) or name == "lm_head.weight":  # constants, and the token table once more
             continue
         state[name] = tensor.float().T.contiguous() if name.endswith(TURNED) and tensor.dim() == 2 else tensor.float()
-    with torch.device("meta"):
+    with shapes_only():
         model = GPT2(config, vocab_size)
     check_tensors(model, state, path)
     model.load_state_dict(state, assign=True)

@@ -18,7 +18,7 @@ from picogpt import models
 from picogpt.config import Experiment, parse
 from picogpt.errors import PicogptError, UsageError
 from picogpt.files import atomic_write, place
-from picogpt.models.language_model import LanguageModel, check_tensors
+from picogpt.models.language_model import LanguageModel, check_tensors, shapes_only
 
 FORMAT = "picogpt-checkpoint"
 VERSION = 1
@@ -45,7 +45,7 @@ class Weights:
 
         Raises PicogptError when the tensors are not those of the model.
         """
-        with torch.device("meta"):  # compare before allocating: a hostile file may claim any size
+        with shapes_only():  # compare before allocating: a hostile file may claim any size
             model = models.build(self.experiment.model, self.vocab_size, 0)
         check_tensors(model, self.state, self.path)
         if untrained:

@@ -74,6 +74,8 @@ class Trainer:
         self.folder = RunFolder(folder, experiment.fingerprint(data.vocab_size, data.train.header.data_sha256))
         self.device = hardware.select(self.world.device(self.runtime.device), self.config.dtype)
         hardware.prepare(self.device, self.runtime.threads or self.world.threads())
+        # TF32 for the float32 matrix products that remain, on GPUs that have it.
+        torch.set_float32_matmul_precision("high")
 
         block_size = experiment.model.block_size
         self.sampler = Sampler(data.train.ids, block_size, self.config.batch_size, self.config.seed)

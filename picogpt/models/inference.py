@@ -1,4 +1,4 @@
-"""Weights in eight bits for sampling: what a token costs one stream is reading every weight once."""
+"""Linear layers for sampling, where the cost of a token is reading every weight once."""
 
 from __future__ import annotations
 
@@ -37,12 +37,29 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def quantize(model: GPT2) -> GPT2:
-    """Turn every matrix of a GPT-2 into bytes, in place: those of the blocks, and the head's copy of the token table."""
-    model.bfloat16()
+class PackedLinear(nn.Module):
+    """A linear layer whose weights lie as oneDNN wants them: a CPU reads them half as fast again as it would row by row."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())  # opaque, (out, in)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+
+
+def specialize(model: GPT2, layer: type[Int8Linear] | type[PackedLinear]) -> GPT2:
+    """Put every matrix of a GPT-2 into `layer`, in place: those of the blocks, and the head's copy of the token table."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child.weight, child.bias))
-    model.head = Int8Linear(model.wte.weight, None)
+                setattr(module, name, layer(child.weight, child.bias))
+    model.head = layer(model.wte.weight, None)
     return model
+
+
+def can_pack() -> bool:
+    """Whether this torch has oneDNN and the operators that PackedLinear stands on."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
