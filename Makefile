@@ -34,8 +34,9 @@ format: $(READY)
 	$(BIN)/snakefmt workflow
 
 clean:
-	rm -rf weights/*/pipeline logs results/samples results/report.md results/summary.csv \
-	  media/char_bigram_loss.png media/char_transformer_loss.png media/char_transformer_sample.txt
+	rm -rf weights/*/pipeline logs results/samples results/records results/report.md results/summary.csv \
+	  media/char_bigram_loss.png media/char_transformer_loss.png media/char_transformer_sample.txt \
+	  media/gpt2_*_loss.png media/gpt2_*_sample.txt
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null \

@@ -153,7 +153,12 @@ class Experiment(Settings):
 
     def fingerprint(self, vocab_size: int, data_sha256: str) -> str:
         """Hash of all that decides the learned weights: model, training, data; not of `runtime`."""
-        identity = [self.model.model_dump(), self.train.model_dump(), vocab_size, data_sha256]
+        identity = [
+            self.model.model_dump(),
+            self.train.model_dump(exclude={"micro_batch_size"}),
+            vocab_size,
+            data_sha256,
+        ]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 
 class PicogptError(Exception):
     """Something failed: a file, the network, the device. The message names it and says what to do."""
@@ -32,3 +36,22 @@ def innermost(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return str(error) or type(error).__name__
+
+
+def first_to_fail() -> bool:
+    """Whether this process shall say why it ends. Of the ranks of one torchrun the first to fail knows the cause."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    try:
+        failure_mark().touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # nowhere to leave a mark: better twice than not at all
+        return True
+    return True
+
+
+def failure_mark() -> Path:
+    """The file that the first of the failing ranks leaves: one for each start by one torchrun, their parent."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Path(tempfile.gettempdir()) / f"picogpt-failed-{os.getppid()}-{start}"

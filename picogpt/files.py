@@ -79,8 +79,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 @contextmanager
-def locked(folder: str | Path, what: str) -> Iterator[None]:
-    """Hold `folder` for this process; `what` names the use in the error.
+def locked(folder: str | Path, what: str, name: str = ".lock") -> Iterator[None]:
+    """Hold `folder` for this process, or with another `name` of the lock a part of it; `what` is told in the error.
 
     The lock belongs to the process, so a killed one leaves nothing to clean up.
 
@@ -90,7 +90,7 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
 
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(folder) / ".lock")
+        lock = FileLock(Path(folder) / name)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise PicogptError(f"another process is {what} in {folder}: wait for it, or use another folder") from error

@@ -56,7 +56,9 @@ def nvidia_gpus() -> tuple[str, ...]:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+    names = tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names if visible is None else names[: len(visible.split(","))]
 
 
 def select(device: str = "auto", dtype: str = "auto") -> Device:
@@ -123,6 +125,8 @@ def prepare(device: Device, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    if device.kind == "cuda":
+        torch.cuda.set_device(device.torch_name)  # streams and graphs are made on the current device
     if device.kind == "cpu":
         _keep_memory()
 

@@ -62,7 +62,8 @@ def generate(
 ) -> torch.Tensor:
     """Continue each of `prompts`, int64 ids of any length (T,), by `count` tokens; returns the new ones, (B, count).
 
-    The same seed gives the same tokens, with a cache and without, and a prompt the same ones beside others as alone.
+    The same seed gives the same tokens, with a cache and without, and a prompt the same ones beside others as alone:
+    in float32. In bfloat16 and int8 the kernels for one row and for many round differently, and texts part some day.
     `on_token` gets each column (B,) as it is made; once it returns True no more are made.
 
     Raises UsageError when `count` is below 1 or a prompt is empty.
@@ -81,7 +82,8 @@ def generate(
     chances = torch.stack(
         [torch.rand(count, generator=_generator(seed + row), dtype=torch.float64) for row in range(len(prompts))]
     )
-    chances = chances.to(device)  # (B, count)
+    if device.type != "mps":  # which has no float64: there tokens are drawn on the CPU
+        chances = chances.to(device)  # (B, count)
     decoder = _Decoder(model, len(prompts), decoding, ragged=len(set(lengths)) > 1) if cached else None
     starts: list[int] = []
     for made in range(count):
@@ -172,7 +174,7 @@ def choose(logits: torch.Tensor, decoding: Decoding, chances: torch.Tensor) -> t
     """
     if decoding.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double()
+    logits = logits.to(chances.device).double()
     logits = (logits - logits.amax(-1, keepdim=True)) / decoding.temperature  # at most 0: nothing overflows
     if decoding.top_k is not None and decoding.top_k < logits.size(-1):
         lowest = logits.topk(decoding.top_k).values[:, -1:]
@@ -257,7 +259,7 @@ def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32", 
     if isinstance(model, GPT2):
         if dtype == "int8":
             return inference.specialize(model, inference.Int8Linear)
-        if decoding and where.kind == "cpu" and inference.can_pack():
+        if decoding and where.kind == "cpu" and inference.can_pack(model.ln_f.weight.dtype):
             return inference.specialize(model, inference.PackedLinear)
     elif dtype == "int8":
         raise UsageError("--dtype int8 is for gpt2; the character models fit into a cache as they are")
@@ -274,16 +276,17 @@ def sample_texts(
     stops: Sequence[str] = (),
     at_end_of_text: bool = True,
     cached: bool = True,
+    longest: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> tuple[list[Sample], float]:
     """Continue each prompt by `count` tokens, or up to a stop; returns the samples and the seconds they took.
 
-    `on_text` gets the text of the first prompt as it is made.
+    Of a prompt of more than `longest` tokens the end is read. `on_text` gets the text of the first prompt as it is made.
 
     Raises UsageError when a prompt is empty or has characters that the tokenizer lacks.
     """
     device = next(model.parameters()).device
-    ids = [torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device) for prompt in prompts]
+    ids = [torch.from_numpy(_tail(tokenizer.encode(prompt), longest)).to(device) for prompt in prompts]
     streams = [TextStream(tokenizer, stops, at_end_of_text) for _ in prompts]
     texts = ["" for _ in prompts]
     began = time.perf_counter()
@@ -309,12 +312,16 @@ def sample_texts(
     return [Sample(text, stream.tokens) for text, stream in zip(texts, streams, strict=True)], seconds
 
 
-def check_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> None:
+def _tail(ids: np.ndarray, longest: int | None) -> np.ndarray:
+    return ids[-longest:].astype(np.int64) if longest else ids.astype(np.int64)
+
+
+def check_prompt(tokenizer: Tokenizer, prompt: str, block_size: int | None) -> None:
     """Raises UsageError when the prompt is empty, or has more tokens than the context holds."""
     length = len(tokenizer.encode(prompt))
     if length == 0:
         raise UsageError("the prompt is empty: give at least one character")
-    if length > block_size:
+    if block_size is not None and length > block_size:
         raise UsageError(
             f"the prompt has {length:,} tokens and the context of this model holds {block_size:,}:"
             " shorten it, or read its end alone with --truncate"

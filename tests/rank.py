@@ -1,7 +1,7 @@
 """Trains a small model as one rank of a job that torchrun started, or alone.
 
 Arguments: run folder, tokens folder, settings as JSON (model, train), what else to do: none, die:STEP (rank 1 is
-killed there, once), nan:STEP (the loss of rank 1 is not a number), or linger (slow steps).
+killed there, once), die0:STEP (rank 0), nan:STEP (the loss of rank 1 is not a number), or linger (slow steps).
 """
 
 import json
@@ -30,11 +30,11 @@ def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
 
         def unlucky(index: int) -> torch.Tensor:
             if kind == "linger":
-                time.sleep(0.05)
                 if index == 5:
                     Path(folder, f"ready{world.rank}").touch()
-            elif world.rank == 1 and index == int(number or -1):
-                if kind == "die" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                time.sleep(0.3 if index >= 5 else 0)
+            elif world.rank == (0 if kind == "die0" else 1) and index == int(number or -1):
+                if kind.startswith("die") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif kind == "nan":
                     forward = trainer.forward

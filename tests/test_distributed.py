@@ -97,10 +97,10 @@ def test_a_stopped_run_goes_on_with_any_number_of_ranks(
     started = subprocess.Popen(
         command(tmp_path, tokens_folder, before, "linger"), stderr=subprocess.PIPE, text=True, env=os.environ
     )
-    for _ in range(600):
-        if all((tmp_path / f"ready{rank}").exists() for rank in range(before)):
-            break
-        time.sleep(0.1)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"ready{rank}").exists() for rank in range(before)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     started.send_signal(signal.SIGTERM)
     _, errors = started.communicate(timeout=60)
     assert started.returncode != 0
@@ -113,8 +113,9 @@ def test_a_stopped_run_goes_on_with_any_number_of_ranks(
     assert results(tmp_path)["sessions"] == 2
 
 
-def test_a_dead_rank_ends_the_job_with_one_message(tokens_folder: Path, tmp_path: Path):
-    done = run(tmp_path, tokens_folder, 2, "die:12")
+@pytest.mark.parametrize("misfortune", ["die:12", "die0:12"])
+def test_a_dead_rank_ends_the_job_with_one_message(tokens_folder: Path, tmp_path: Path, misfortune: str):
+    done = run(tmp_path, tokens_folder, 2, misfortune)
     assert done.returncode == 1
     assert done.stderr.count("picogpt: another rank of this job has ended") == 1, done.stderr
     assert "Traceback" not in done.stderr.split("picogpt: another")[0]

@@ -12,6 +12,7 @@ from picogpt.models import attention
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.loss import linear_cross_entropy
 from picogpt.models.pretrained import TURNED, VOCAB_SIZE, registry
+from picogpt.sample import Decoding, generate
 
 transformers = pytest.importorskip("transformers")
 
@@ -123,6 +124,14 @@ def test_columns_of_padding_take_no_part_in_the_loss():
     assert linear_cross_entropy(x, weight, torch.arange(4)).item() == pytest.approx(torch.tensor(65.0).log().item())
 
 
+def test_attention_in_blocks_in_bfloat16_is_as_exact_as_attention_written_out():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    rounded = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    assert (attention.attend(*rounded).float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 @pytest.mark.parametrize("length", [1, 5, 128, 129, 300])
 def test_attention_in_blocks_is_attention(length: int):
     torch.manual_seed(length)
@@ -151,5 +160,50 @@ def test_an_id_beyond_the_vocabulary_is_an_error():
         model(torch.tensor([[11]]))
 
 
+def test_a_checkpoint_of_another_size_is_refused(picogpt, gpt2, gpt2_resources: Path, tmp_path: Path):
+    from picogpt.config import Experiment
+    from picogpt.train.checkpoint import save_weights
+
+    config = GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8)
+    claimed = Experiment.model_validate(
+        {"model": {**config.model_dump(), "n_embd": 32, "n_layer": 2}, "train": {"steps": 1}}
+    )
+    corpus = {"tokenizer_sha256": gpt2.sha256}
+    save_weights(tmp_path / "best.pt", models.build(config, VOCAB_SIZE, 0), claimed, VOCAB_SIZE, corpus, 1, 1.0)
+    (tmp_path / "resources").symlink_to(gpt2_resources)
+    run = picogpt("sample", "gpt2", "--ckpt", "best.pt")
+    assert run.status == 1
+    assert "best.pt does not fit the model" in run.err
+    assert "h.1.attn.c_attn.bias is missing" in run.err
+    run = picogpt("sample", "gpt2", "--ckpt", "best.pt", "--tokenizer-dir", "x")
+    assert (run.status, "leave out --tokenizer-dir" in run.err) == (2, True)
+
+
 def test_the_file_can_be_read_in_a_sitting():
     assert len(Path(models.__file__).with_name("gpt2.py").read_text().splitlines()) < 200
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_on_a_gpu_logits_loss_and_gradients_are_those_of_the_cpu():
+    config = GPT2Config(kind="gpt2", n_layer=2, n_head=4, n_embd=64, block_size=128)
+    ours = models.build(config, 997, seed=0)
+    there = models.build(config, 997, seed=0).cuda()
+    idx = torch.randint(997, (2, 128))
+    loss, loss_there = ours(idx, idx), there(idx.cuda(), idx.cuda())
+    assert loss_there.item() == pytest.approx(loss.item(), abs=1e-4)
+    loss.backward()
+    loss_there.backward()
+    for (name, parameter), other in zip(ours.named_parameters(), there.parameters(), strict=True):
+        assert (parameter.grad - other.grad.cpu()).abs().max() < 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+@pytest.mark.parametrize("lengths", [(5,), (5, 60, 9)])
+def test_on_a_gpu_a_graph_gives_the_tokens_of_the_model_without_a_cache(lengths: tuple[int, ...]):
+    config = GPT2Config(kind="gpt2", n_layer=2, n_head=4, n_embd=64, block_size=64)
+    model = models.build(config, 997, seed=0).cuda().eval()
+    prompts = [torch.randint(997, (length,), device="cuda") for length in lengths]
+    graph = generate(model, prompts, 150, Decoding(top_k=20), seed=3)
+    assert torch.equal(graph, generate(model, prompts, 150, Decoding(top_k=20), seed=3, cached=False))

@@ -112,13 +112,19 @@ def test_another_file_is_refused_and_not_kept(hub: Hub, monkeypatch, tmp_path: P
         (401, PicogptError, "401 .*hf auth login, or HF_TOKEN"),
         (403, PicogptError, "403 .*may not read"),
         (404, PicogptError, "404 .*is HF_ENDPOINT right"),
-        (503, Unreachable, "503|cannot"),
+        (429, Unreachable, "429|cannot"),
     ],
 )
 def test_a_refusal_says_what_to_do(hub: Hub, status: int, error: type, message: str):
     hub.status = status
     with pytest.raises(error, match=message):
         pretrained.fetch("pretrained")
+
+
+def test_the_names_on_the_command_line_are_those_of_the_registry():
+    from picogpt.cli.common import PRETRAINED
+
+    assert tuple(f"gpt2-{name}" for name in pretrained.registry()) == PRETRAINED
 
 
 def test_where_no_hub_answers_the_message_names_it(hub: Hub, monkeypatch: pytest.MonkeyPatch):
@@ -145,6 +151,14 @@ def test_the_commands(hub: Hub, picogpt, gpt2_resources: Path, tmp_path: Path, c
     run = picogpt(*tune)
     assert run.status == 1
     assert "needs at least 2,048" in run.err
+    (tmp_path / "long.txt").write_text(corpus.read_text() * 20)
+    assert picogpt("tokenize", "gpt2", "--text", "long.txt", "--run", "long").status == 0
+    run = picogpt(*tune, "--set=train.learning_rate=0.01")
+    assert run.status == 0, run.err
+    assert "before training: val loss 10.8" in run.err
+    tuned = json.loads((tmp_path / "weights/gpt2/tuned/long/record.json").read_text())
+    assert tuned["config"]["train"]["init"] == "pretrained"
+    assert tuned["results"]["val_loss_after"] < tuned["results"]["val_loss_before"]
 
     wrong = picogpt("sample", "gpt2-pretrained", "--ckpt", "x.pt")
     assert (wrong.status, "leave out --ckpt" in wrong.err) == (2, True)
@@ -217,6 +231,16 @@ def test_a_header_that_lies_is_found_out(tmp_path: Path, content: bytes, damage:
         }[damage]
     )
     with pytest.raises(PicogptError, match=r"model\.safetensors is no whole safetensors file"):
+        load_safetensors(path, CONFIG, 50257)
+
+
+def test_a_head_of_its_own_is_refused(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({**openai_names(small()), "lm_head.weight": torch.zeros(50257, 8)}))
+    with pytest.raises(PicogptError, match="head is tied"):
+        load_safetensors(path, CONFIG, 50257)
+    path.write_bytes(save({**openai_names(small()), "ln_f.bias": torch.zeros(8, dtype=torch.int64)}))
+    with pytest.raises(PicogptError, match=r"ln_f\.bias holds torch\.int64"):
         load_safetensors(path, CONFIG, 50257)
 
 

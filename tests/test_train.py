@@ -291,11 +291,14 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tokens: TokenData,
 
 
 @pytest.mark.slow
-def test_compiled_training_learns_the_same_and_saves_plain_names(tokens: TokenData, tmp_path: Path):
+@pytest.mark.parametrize(("kind", "optimizer"), [("char-transformer", "muon"), ("gpt2", "adamw")])
+def test_compiled_training_learns_the_same_and_saves_plain_names(
+    tokens: TokenData, tmp_path: Path, kind: str, optimizer: str
+):
     def train(mode: str) -> tuple[float, set[str]]:
         tree = {
-            "model": {**SMALL_MODEL, "n_layer": 1, "dropout": 0.0},
-            "train": {"steps": 10, "batch_size": 2, "optimizer": "muon"},
+            "model": {**SMALL_MODEL, "kind": kind, "n_layer": 1, "dropout": 0.0},
+            "train": {"steps": 10, "batch_size": 2, "optimizer": optimizer},
             "runtime": {**SMALL_RUNTIME, "compile": mode},
         }
         record = Trainer(Experiment.model_validate(tree), tokens, tmp_path / mode).run()
@@ -317,3 +320,35 @@ def test_a_gpu_trains(tokens: TokenData, tmp_path: Path):
     record = Trainer(experiment, tokens, tmp_path).run()
     assert record["device"]["kind"] == "cuda"
     assert record["results"]["best_val_loss"] < record["results"]["val_loss_before"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_on_a_gpu_a_loss_that_is_no_number_never_reaches_the_weights(tokens: TokenData, tmp_path: Path):
+    """There losses are read where a line is logged; the step itself is left out by the kernel."""
+    model = {"kind": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+    runtime = {**SMALL_RUNTIME, "device": "cuda", "log_interval": 100}
+    tree = {"model": model, "train": {"steps": 20, "batch_size": 4, "eval_interval": 100}, "runtime": runtime}
+    trainer = Trainer(Experiment.model_validate(tree), tokens, tmp_path)
+    forward, calls = trainer.forward, []
+
+    def poisoned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return forward(x, y) * (float("nan") if len(calls) == 3 else 1.0)
+
+    trainer.forward = poisoned
+    with pytest.raises(PicogptError, match="loss is nan at step 3"):
+        trainer.run()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_a_step_that_is_to_be_skipped_changes_nothing(tokens: TokenData, tmp_path: Path):
+    trainer = Trainer(small_experiment(optimizer="adamw"), tokens, tmp_path)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for skip, changed in ((True, False), (False, True)):
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan") if skip else 1.0)
+        trainer.optimizer.step(5, skip=torch.tensor(skip))
+        now = trainer.model.state_dict()
+        assert any(not torch.equal(now[name], tensor) for name, tensor in before.items()) == changed
+        assert all(tensor.isfinite().all() for tensor in now.values())

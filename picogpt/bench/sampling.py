@@ -31,7 +31,7 @@ def measure(
 ) -> dict[str, Any]:
     """The record of `runs` runs of `num_tokens` tokens in `batch_size` streams at once, after a short one to warm up.
 
-    The clock runs from the prompt to the last token, drawing and stopping tests included; nothing is printed meanwhile.
+    The clock runs from the prompt to the last token; each token is looked at, as a test for a stop does, none is printed.
     """
     model = prepare(model, device, dtype)
     where = next(model.parameters()).device
@@ -47,6 +47,7 @@ def measure(
     first = [0.0]
 
     def note_first(tokens: torch.Tensor) -> None:
+        tokens.tolist()
         first[0] = first[0] or time.perf_counter()
 
     run(min(num_tokens, 16), seed, lambda tokens: None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
 
 from picogpt import __version__
 from picogpt.cli import about, bench, data, report, sample, train
-from picogpt.errors import PicogptError
+from picogpt.errors import PicogptError, first_to_fail
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
@@ -62,13 +61,13 @@ def main() -> None:
     except click.exceptions.Exit as request:
         sys.exit(request.exit_code)
     except click.ClickException as error:
-        if _speaks():
+        if first_to_fail():
             error.show()
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
     except PicogptError as error:
-        if _speaks():
+        if first_to_fail():
             print(f"picogpt: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except BrokenPipeError:
@@ -77,10 +76,6 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"picogpt: {where}{error.strerror or error}", file=sys.stderr)
+        if first_to_fail():
+            print(f"picogpt: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)
-
-
-def _speaks() -> bool:
-    """Whether this process prints errors: of the ranks that torchrun starts on a machine, the first."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"

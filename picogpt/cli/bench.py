@@ -47,7 +47,7 @@ def sample(
     from picogpt.sample import first_prompt
 
     try:
-        model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir)
+        model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
     except Unreachable as error:
         if not (optional and out):
             raise
@@ -84,7 +84,7 @@ def weights(files: tuple[str, ...], out: Path | None) -> None:
             raise UsageError(f"{pair!r} is not of the form NAME=FILE")
         if file in PRETRAINED:
             try:
-                paths[name] = pretrained.fetch(file.removeprefix("gpt2-"))
+                paths[name] = pretrained.fetch(file.removeprefix("gpt2-"), cached_only=True)
             except Unreachable:
                 click.echo(f"{name}: not measured here: hub unreachable", err=True)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -63,11 +62,6 @@ def newest(pattern: str, hint: str) -> Path:
     return files[-1]
 
 
-def runs_of(kind: str) -> str:
-    """Where the runs of a kind are, as a pattern below weights/: gpt2 has a folder for each corpus in a run."""
-    return f"gpt2/*/*/{'{}'}" if kind == "gpt2" else f"{kind.replace('-', '_')}/*/{'{}'}"
-
-
 def token_folder(kind: str) -> Path:
     """The newest folder of token files for a kind of model."""
     tokenizer = "gpt2" if kind == "gpt2" else "char"
@@ -75,9 +69,11 @@ def token_folder(kind: str) -> Path:
 
 
 def load_model(
-    kind: str, ckpt: Path | None, tokenizer_dir: Path | None, untrained: bool = False
+    kind: str, ckpt: Path | None, tokenizer_dir: Path | None, untrained: bool = False, cached_only: bool = False
 ) -> tuple[LanguageModel, Tokenizer, str]:
-    """A trained model, its tokenizer, and where the weights come from."""
+    """A trained model, its tokenizer, and where the weights come from; with `cached_only` no hub is asked for them."""
+    if tokenizer_dir and kind in ("gpt2", *PRETRAINED):
+        raise UsageError(f"{kind} has GPT-2's own tokenizer: leave out --tokenizer-dir")
     if kind in PRETRAINED:
         from picogpt.data.bpe import GPT2Tokenizer
         from picogpt.models import pretrained
@@ -86,13 +82,15 @@ def load_model(
             raise UsageError(f"{kind} is OpenAI's: leave out --ckpt and --untrained")
         name = kind.removeprefix("gpt2-")
         tokenizer: Any = GPT2Tokenizer.fetched(RESOURCES)
-        return pretrained.load(name), tokenizer, pretrained.registry()[name].repository
+        return pretrained.load(name, cached_only), tokenizer, pretrained.registry()[name].repository
 
     from picogpt.train.checkpoint import load_weights
 
-    path = ckpt or newest(runs_of(kind).format("best.pt"), f"picogpt train {kind} makes one")
+    path = ckpt or newest(
+        f"{'gpt2/*' if kind == 'gpt2' else kind.replace('-', '_')}/*/best.pt", f"picogpt train {kind} makes one"
+    )
     weights = load_weights(path, kind)
-    sha256 = weights.corpus["tokenizer_sha256"]
+    sha256 = str(weights.corpus.get("tokenizer_sha256"))
     tokenizer = _gpt2_tokenizer(sha256, path) if kind == "gpt2" else _char_tokenizer(tokenizer_dir, sha256, path)
     return weights.model(untrained), tokenizer, str(path)
 
@@ -125,8 +123,3 @@ def _char_tokenizer(folder: Path | None, sha256: str, checkpoint: Path) -> Token
     raise PicogptError(
         f"no tokenizer in weights/char_tokenizer/ fits {checkpoint}: give its folder with --tokenizer-dir"
     )
-
-
-def under_torchrun() -> bool:
-    """Whether this process is one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -15,7 +15,12 @@ from picogpt.errors import PicogptError, UsageError
 @click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
 @model_options
 @click.option("-n", "--num-tokens", type=int, default=500, help="Tokens to make.")
-@click.option("--prompt", "prompts", multiple=True, help="Text to continue; repeatable. [default: a line break]")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text to continue; repeatable. [default: a line break; for OpenAI's, <|endoftext|>]",
+)
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the text to continue.")
 @click.option("--truncate", is_flag=True, help="Of a prompt longer than the context, read the end alone.")
 @click.option("--temperature", type=float, default=1.0, help="Below 1 bolder, above 1 wilder; 0 is greedy.")
@@ -26,7 +31,9 @@ from picogpt.errors import PicogptError, UsageError
 @click.option("--stop", "stops", multiple=True, help="End a text before this string; repeatable.")
 @click.option("--ignore-end", is_flag=True, help="Go on past <|endoftext|>, which otherwise ends a text.")
 @click.option("--stream/--no-stream", default=None, help="Print as it is made. [default: for one text on a terminal]")
-@click.option("--cache/--no-cache", default=True, help="Remember keys and values; without, the same text, slowly.")
+@click.option(
+    "--cache/--no-cache", default=True, help="Remember keys and values; without, the same text (in float32), slowly."
+)
 @click.option("--untrained", is_flag=True, help="Sample from the weights that the training began with.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
 def sample(
@@ -74,10 +81,8 @@ def sample(
     given = prompts or ((read_text(prompt_file),) if prompt_file else ())
     texts = list(given) or [sampling.first_prompt(tokenizer, kind in PRETRAINED)]
     block_size = model.config.block_size
-    if truncate:
-        texts = [tokenizer.decode(tokenizer.encode(text)[-block_size:]) for text in texts]
     for text in texts:
-        sampling.check_prompt(tokenizer, text, block_size)
+        sampling.check_prompt(tokenizer, text, None if truncate else block_size)
     texts = [text for text in texts for _ in range(num_samples)]
     live = stream if stream is not None else out is None and len(texts) == 1 and sys.stdout.isatty()
     if live and (len(texts) > 1 or out):
@@ -92,7 +97,17 @@ def sample(
         echo(texts[0])
     model = sampling.prepare(model, device, dtype)
     samples, seconds = sampling.sample_texts(
-        model, tokenizer, texts, num_tokens, decoding, seed, stops, not ignore_end, cache, echo if live else None
+        model,
+        tokenizer,
+        texts,
+        num_tokens,
+        decoding,
+        seed,
+        stops,
+        not ignore_end,
+        cache,
+        longest=block_size,
+        on_text=echo if live else None,
     )
     whole = "\n---\n".join((text if given else "") + made.text for text, made in zip(texts, samples, strict=True))
     if out:
@@ -139,7 +154,7 @@ def evaluate(
 
     token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
     try:
-        model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir)
+        model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
     except Unreachable as error:
         if not (optional and out):
             raise

@@ -11,6 +11,7 @@ import click
 
 from picogpt.cli.common import KINDS, RUN_PATTERN, WEIGHTS, now, size_of, token_folder
 from picogpt.errors import UsageError
+from picogpt.files import read_text, write_text
 
 if TYPE_CHECKING:
     from picogpt.data.tokens import TokenData
@@ -139,8 +140,10 @@ def _folder(kind: str, run: str | None, corpus: str) -> Path:
     """weights/KIND/RUN, for gpt2 with a folder for the corpus; after a restart by torchrun, that of the run that broke."""
     parent = WEIGHTS / kind.replace("-", "_")
     last = Path(re.sub(r"[^A-Za-z0-9._-]+", "_", corpus).strip(".") or "corpus") if kind == "gpt2" else Path()
-    if run is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        begun = sorted(parent.glob(str("*" / last / "checkpoints")), key=lambda path: path.stat().st_mtime)
-        if begun:
-            return begun[-1].parent
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if run is None and job != "none":  # torchrun may start the ranks again: they must find what they began
+        note = parent / f".{job}"
+        if not note.exists():
+            write_text(note, now())
+        run = read_text(note)
     return parent / (run or now()) / last

@@ -86,7 +86,7 @@ def fetch(name: str, folder: str | Path) -> Path:
     target = Path(folder) / asset.file
     if is_whole(target, asset):
         return target
-    with locked(target.parent, f"fetching {name}"):
+    with locked(target.parent, f"fetching {name}", f".{target.name}.lock"):
         if asset.archive is None:
             _obtain(asset, target, lambda: asset.addresses)
         else:

@@ -182,7 +182,7 @@ def tokenize_gpt2(
 ) -> TokenData:
     """Split UTF-8 texts, the first part of each for training, and write token files of GPT-2's tokens into `folder`.
 
-    Each text is a document, or several with `<|endoftext|>` between them; that token ends each in the files too.
+    Each text is a document, or several with `<|endoftext|>` between them; in the files too that token is between them.
     On `threads` cores, 0 for all. The name of the corpus is `corpus`, or the first file's own name.
 
     Raises PicogptError when a text is empty, not UTF-8, or too short to split.

@@ -24,7 +24,8 @@ def attend(
     if cache is not None:
         k, v = cache.update(layer, k, v)
         return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=cache.mask, is_causal=cache.causal)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and not dropout:
+    eager = not torch.compiler.is_compiling()
+    if eager and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and not dropout:
         return BlockedAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
@@ -33,7 +34,9 @@ class BlockedAttention(torch.autograd.Function):
     """Causal attention for training on a CPU: matrix products over blocks of queries, each only up to its last key.
 
     It keeps the weights of the lower blocks, (T / ROWS + 1) / 2 of B H T ROWS numbers, where a flash kernel works
-    them out again; in the backward pass that, and the large products, are what make it faster than torch's.
+    them out again; in the backward pass that, and the large products, are what make it faster than torch's. Under
+    autocast scores and weights are rounded to bfloat16, as in attention written out; a flash kernel keeps the scores
+    in float32.
     """
 
     @staticmethod

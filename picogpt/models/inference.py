@@ -60,6 +60,8 @@ def specialize(model: GPT2, layer: type[Int8Linear] | type[PackedLinear]) -> GPT
     return model
 
 
-def can_pack() -> bool:
-    """Whether this torch has oneDNN and the operators that PackedLinear stands on."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN with what PackedLinear stands on, and this CPU what oneDNN needs for `dtype`."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

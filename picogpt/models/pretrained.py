@@ -6,10 +6,13 @@ are stored as (in, out), ours as (out, in); everything else is the same.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import re
 from pathlib import Path
 
+import torch
 from pydantic import Field
 
 from picogpt.config import GPT2Config, Settings, config_folder, parse, read_yaml
@@ -21,6 +24,8 @@ from picogpt.models.language_model import check_tensors, shapes_only
 FILE = "model.safetensors"
 VOCAB_SIZE = 50257
 HUB_TIMEOUT_S = 3
+BUSY = (408, 429)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
 """In older files, constants of the causal mask."""
@@ -49,8 +54,10 @@ def registry() -> dict[str, Pretrained]:
     return {name: parse(Pretrained, tree, f"{path}, {name}") for name, tree in read_yaml(path).items()}
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, cached_only: bool = False) -> Path:
     """The safetensors file of `name` in the hub client's own cache; fetched, resumed and verified where need be.
+
+    With `cached_only` nobody is asked for it.
 
     Raises Unreachable when the hub does not answer, PicogptError when it refuses, or serves another file.
     """
@@ -60,7 +67,11 @@ def fetch(name: str) -> Path:
     asset = registry()[name]
     where = f"{asset.repository}/{FILE} at {asset.revision[:12]}"
     try:
-        path = Path(hf_hub_download(asset.repository, FILE, revision=asset.revision, endpoint=endpoint))
+        path = Path(
+            hf_hub_download(
+                asset.repository, FILE, revision=asset.revision, endpoint=endpoint, local_files_only=cached_only
+            )
+        )
     except (errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
         status = _status(error)
         if status is None:
@@ -75,14 +86,16 @@ def fetch(name: str) -> Path:
             404: " This hub does not have it: is HF_ENDPOINT right?",
         }
         message = f"the hub ({endpoint}) answers {status} to {where}.{hints.get(status, '')}"
-        raise (Unreachable if status >= 500 else PicogptError)(message) from error
+        raise (Unreachable if status >= 500 or status in BUSY else PicogptError)(message) from error
     except OSError as error:  # the connection broke for good, or the disk is full; httpx errors come as OSError too
+        if error.errno in DISK:
+            raise PicogptError(f"cannot write {where} into the cache: {error.strerror}") from error
         raise Unreachable(f"cannot get {where}: {innermost(error)}; the next run goes on from what is kept") from error
     except Exception as error:  # the client's transport has errors of its own
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
             raise
         raise Unreachable(f"cannot get {where}: {innermost(error)}; the next run goes on from what is kept") from error
-    _verify(path, asset.sha256)
+    _verify(path, asset.sha256 or _named_hash(path, asset, endpoint))
     return path
 
 
@@ -99,11 +112,13 @@ def hub_answers() -> bool:
     import requests
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return False
     try:
         requests.head(os.environ.get("HF_ENDPOINT", constants.ENDPOINT), timeout=HUB_TIMEOUT_S)
     except requests.RequestException:
         return False
-    return not constants.HF_HUB_OFFLINE
+    return True
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -116,13 +131,22 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _verify(path: Path, expected: str | None) -> None:
-    """Raises PicogptError, and drops the file, when it has another hash than the registered, or the hub's own, one."""
+def _named_hash(path: Path, asset: Pretrained, endpoint: str) -> str:
+    """The hash that the hub names for the file: the cache calls the file by it, where the file system has links."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
+        return path.resolve().name
+    url = hf_hub_url(asset.repository, FILE, revision=asset.revision, endpoint=endpoint)
+    return str(get_hf_file_metadata(url).etag)
+
+
+def _verify(path: Path, expected: str) -> None:
+    """Raises PicogptError, and drops the file, when it has another hash than the expected one."""
     blob = path.resolve()
-    expected = expected or blob.name  # the cache calls a large file by the hash that the hub named
     actual = sha256_file(blob)
     if actual != expected:
-        blob.unlink()
+        blob.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise PicogptError(
             f"the hub serves another file than {FILE} at the pinned revision: sha256 {actual}, expected {expected}."
@@ -130,9 +154,9 @@ def _verify(path: Path, expected: str | None) -> None:
         )
 
 
-def load(name: str) -> GPT2:
+def load(name: str, cached_only: bool = False) -> GPT2:
     """The pretrained model `name`, on the CPU, in evaluation mode; fetched first where need be. Raises as `fetch`."""
-    return load_safetensors(fetch(name), registry()[name].config(), VOCAB_SIZE)
+    return load_safetensors(fetch(name, cached_only), registry()[name].config(), VOCAB_SIZE)
 
 
 def load_for(config: GPT2Config, vocab_size: int) -> GPT2:
@@ -167,7 +191,17 @@ def load_safetensors(path: Path, config: GPT2Config, vocab_size: int) -> GPT2:
     state = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("transformer.")
-        if name.endswith(MASKS) or name == "lm_head.weight":  # constants, and the token table once more
+        if name.endswith(MASKS):
+            continue
+        if not tensor.is_floating_point():
+            raise PicogptError(
+                f"{path} does not fit the model: {name} holds {tensor.dtype}, not floating-point numbers"
+            )
+        if name == "lm_head.weight":
+            if not torch.equal(tensor, tensors.get("wte.weight", tensors.get("transformer.wte.weight", tensor))):
+                raise PicogptError(
+                    f"{path} does not fit the model: its lm_head.weight is not wte.weight; GPT-2's head is tied"
+                )
             continue
         state[name] = tensor.float().T.contiguous() if name.endswith(TURNED) and tensor.dim() == 2 else tensor.float()
     with shapes_only():

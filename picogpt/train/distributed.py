@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from picogpt import hardware
-from picogpt.errors import PicogptError, UsageError
+from picogpt.errors import PicogptError, UsageError, failure_mark
 
 T = TypeVar("T")
-_LOST = re.compile(r"gloo|nccl|peer|Broken pipe|Connection (reset|refused|closed)|timed out|Socket", re.IGNORECASE)
+_LOST = re.compile(r"gloo|Broken pipe|[Cc]onnection (reset|refused|closed)|NCCL.*(remote|abort|timeout)")
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,18 @@ def joined(device: str) -> Iterator[World]:
                 " --device cpu trains on the CPU"
             )
         torch.cuda.set_device(local_rank)
+    if local_rank == 0:
+        failure_mark().unlink(missing_ok=True)
     with _peers():
         # After a restart torchrun's store still has the addresses of the ranks before: each attempt its own names.
         store, rank, size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
         control = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
-    try:
-        with _peers():
-            yield World(dist.get_rank(), size, local_rank, local_size, control)
-    finally:
-        dist.destroy_process_group()
+    with _peers():
+        yield World(dist.get_rank(), size, local_rank, local_size, control)
+    # Not after an error: with a peer gone, parting may wait for it for ever.
+    dist.destroy_process_group()
 
 
 @contextmanager

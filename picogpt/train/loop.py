@@ -88,6 +88,8 @@ class Trainer:
         # On a GPU reading a loss would wait for it; there losses are read where a line is logged.
         self.reads_each_loss = self.device.kind != "cuda" or self.config.optimizer == "muon"
 
+        if self.config.init == "pretrained":  # one rank asks the hub; the others find what it brought
+            self.world.from_first(lambda: models.initial(experiment, data.vocab_size) and None)
         self.model = models.initial(experiment, data.vocab_size).to(self.device.torch_name)
         self.optimizer = Optimizer(self.model, self.config, self.total_steps)
         # The raw module is the one that is evaluated, sampled and saved; the others share its weights.
@@ -191,11 +193,14 @@ class Trainer:
         for index, (x, y) in enumerate(parts):
             loss += self._forward_backward(x, y, micro_batches, last=index == micro_batches - 1)
         loss = self.world.mean(loss)
+        if self.config.grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            loss = torch.where(
+                torch.isfinite(norm), loss, math.nan
+            )  # a gradient that is no number counts as such a loss
         finite = torch.isfinite(loss)
         if self.reads_each_loss and not finite.item():
             raise self._not_finite(loss.item(), step + 1)
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         # Where the loss is read later, a step that would spoil the weights is left out by the kernel itself.
         self.optimizer.step(step, skip=None if self.reads_each_loss else ~finite)
         return loss
@@ -252,7 +257,7 @@ class Trainer:
 
     def _not_finite(self, loss: float, step: int) -> PicogptError:
         return PicogptError(
-            f"the loss is {loss} at step {step}; the weights of the last good checkpoint are in {self.folder.work}."
+            f"the loss is {loss} at step {step} (or its gradient); the weights of the last good checkpoint are in {self.folder.work}."
             " A lower learning rate, a longer warm-up or train.grad_clip=1 usually helps."
         )
 

@@ -66,11 +66,14 @@ def picogpt(*arguments):
 
 
 def hub_state():
-    """reachable or unreachable. A change makes the fetch rule run; once the weights are here nobody is asked again."""
+    """What decides whether the fetch rule runs: unreachable, or else which try it is. Once it has succeeded, that one."""
     status = Path("resources/pretrained.txt")
-    if status.exists() and status.read_text().endswith(": here\n"):
-        return "reachable"
-    return picogpt("fetch", "--check", "pretrained").replace("here", "reachable")
+    lines = status.read_text().splitlines() if status.exists() else []
+    if lines and lines[0].endswith(": here"):
+        return lines[-1]
+    if picogpt("fetch", "--check", "pretrained") == "unreachable":
+        return "unreachable"
+    return f"reachable, after {status.stat().st_mtime:.0f}" if lines else "reachable"
 
 
 def machine_size():
@@ -99,7 +102,9 @@ CORPUS = corpus_name()
 GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
 # Several GPUs: one rank each. A plain command on one device.
 GPUS = int(picogpt("hardware", "--gpus")) if SIZE == "gpu" else 0
-LAUNCH = f"torchrun --standalone --nproc_per_node={GPUS} -m picogpt" if GPUS > 1 else "picogpt"
+BATCH = json.loads(settings("gpt2"))["train"]["batch_size"]
+RANKS = max((ranks for ranks in range(1, GPUS + 1) if BATCH % ranks == 0), default=1)
+LAUNCH = f"torchrun --standalone --nproc_per_node={RANKS} -m picogpt" if RANKS > 1 else "picogpt"
 
 
 def gpt2_weights(kind):

@@ -63,4 +63,4 @@ rule fetch_pretrained:
     params:
         hub=hub_state(),
     shell:
-        "picogpt fetch pretrained" " --status {output:q}" " 2>&1 | tee -i {log:q}"
+        "picogpt fetch pretrained --status {output:q} 2>&1 | tee -i {log:q};" " echo {params.hub:q} >> {output:q}"
