@@ -89,7 +89,7 @@ def test_two_ranks_equal_one_with_accumulation(alone: Path, tokens_folder: Path,
     assert done.stderr.count("before training") == 1  # one rank speaks
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_stopped_run_goes_on_with_any_number_of_ranks(
     alone: Path, tokens_folder: Path, tmp_path: Path, before: int, after: int
 ):
@@ -186,5 +186,5 @@ def test_the_command_line_under_torchrun(picogpt, tmp_path: Path, corpus: Path, 
         cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "weights/char_bigram").iterdir())) == 1  # all ranks agree on a name
+    assert len(list((tmp_path / "weights/char_bigram").glob("[0-9]*"))) == 1  # all ranks agree on a name
     assert done.stdout.count("best.pt: validation loss") == 1
