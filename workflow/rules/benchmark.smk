@@ -24,7 +24,7 @@ rule evaluate:
         mem_mb=6000,
     params:
         model=lambda wildcards: gpt2_arguments(wildcards.gpt2),
-        tokens=GPT2_TOKENS,
+        tokens=lambda wildcards, input: Path(input.tokens[0]).parent,
         prompts=[f"--prompt={prompt}" for prompt in config["gpt2"]["prompts"]],
         prompt_tokens=config["gpt2"]["prompt_tokens"],
     shell:

@@ -65,7 +65,7 @@ use rule loss_curve as loss_curve_gpt2 with:
     log:
         "logs/loss_curve_gpt2.log",
     params:
-        run_folder=GPT2,
+        run_folder=lambda wildcards, input: Path(input[0]).parent,
 
 
 rule summary:

@@ -63,8 +63,8 @@ rule train_gpt2:
         mem_mb=8000,
         gpu=1 if SIZE == "gpu" else 0,
     params:
-        folder=GPT2,
-        tokens=GPT2_TOKENS,
+        folder=lambda wildcards, output: Path(output[0]).parent,
+        tokens=lambda wildcards, input: Path(input[0]).parent,
         config_file=settings_file("gpt2"),
         settings=settings("gpt2"),
         overrides=[f"--set={pair}" for pair in config["gpt2"]["set"]],
