@@ -66,7 +66,7 @@ def picogpt(*arguments):
 
 
 def hub_state():
-    """What decides whether the fetch rule runs: unreachable, or else which try it is. Once it has succeeded, that one."""
+    """Whether the hub is to be asked: unreachable, or else which try it is. Once one has succeeded, that one."""
     status = Path("resources/pretrained.txt")
     lines = status.read_text().splitlines() if status.exists() else []
     if lines and lines[0].endswith(": here"):
