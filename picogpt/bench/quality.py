@@ -60,12 +60,12 @@ def measure(
     }
 
 
-def unreachable(kind: str, reason: str, data: TokenData | None) -> dict[str, Any]:
+def unreachable(kind: str, reason: str) -> dict[str, Any]:
     """The record of what could not be measured because the hub did not answer."""
     return {
         **records.provenance(hardware.select("cpu")),
         "kind": kind,
-        "corpus": data.corpus() if data else {},
+        "corpus": {},
         "config": {},
         "not_measured": "hub unreachable",
         "reason": reason,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options
+from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, or_noted
 from picogpt.errors import UsageError
 
 
@@ -42,18 +42,11 @@ def sample(
       picogpt bench sample gpt2 --batch-size 16 --runs 3
     """
     from picogpt import records
-    from picogpt.bench import quality, sampling
-    from picogpt.errors import Unreachable
+    from picogpt.bench import sampling
     from picogpt.sample import first_prompt
 
-    try:
+    with or_noted(f"sampling {kind} {dtype}", out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
-    except Unreachable as error:
-        if not (optional and out):
-            raise
-        records.write(out, quality.unreachable(f"sampling {kind} {dtype}", str(error), None))
-        click.echo(f"{kind}: not measured here: hub unreachable", err=True)
-        return
     prompt = first_prompt(tokenizer, kind in PRETRAINED)
     record = sampling.measure(kind, model, tokenizer, source, device, dtype, num_tokens, runs, batch_size, prompt)
     if out:

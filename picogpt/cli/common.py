@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from picogpt.errors import PicogptError, UsageError
+from picogpt.errors import PicogptError, Unreachable, UsageError
 
 if TYPE_CHECKING:
     from picogpt.data.tokenizers import Tokenizer
@@ -123,3 +124,19 @@ def _char_tokenizer(folder: Path | None, sha256: str, checkpoint: Path) -> Token
     raise PicogptError(
         f"no tokenizer in weights/char_tokenizer/ fits {checkpoint}: give its folder with --tokenizer-dir"
     )
+
+
+@contextmanager
+def or_noted(measurement: str, out: Path | None) -> Iterator[None]:
+    """Where the hub cannot be reached: end well, with a record in `out` that says so; without `out`, fail."""
+    try:
+        yield
+    except Unreachable as error:
+        if out is None:
+            raise
+        from picogpt import records
+        from picogpt.bench.quality import unreachable
+
+        records.write(out, unreachable(measurement, str(error)))
+        click.echo(f"{measurement}: not measured here: hub unreachable", err=True)
+        raise click.exceptions.Exit(0) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, token_folder
+from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, or_noted, token_folder
 from picogpt.errors import PicogptError, UsageError
 
 
@@ -150,17 +150,10 @@ def evaluate(
     from picogpt import records
     from picogpt.bench import quality
     from picogpt.data.tokens import open_data
-    from picogpt.errors import Unreachable
 
     token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
-    try:
+    with or_noted(f"evaluate {kind} {dtype}", out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
-    except Unreachable as error:
-        if not (optional and out):
-            raise
-        records.write(out, quality.unreachable(f"evaluate {kind} {dtype}", str(error), token_data))
-        click.echo(f"{kind}: not measured here: hub unreachable", err=True)
-        return
     record = quality.measure(kind, model, tokenizer, source, token_data, device, dtype, prompts, num_tokens, seed)
     if out:
         records.write(out, record)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from picogpt.config import CharTransformerConfig, GPT2Config
+
 
 class KVCache:
     """Keys and values of fixed size for `block_size` positions; `length` of them are filled.
@@ -36,6 +38,19 @@ class KVCache:
         self.last = torch.zeros(batch_size, 1, dtype=torch.int64, device=like.device)  # the newest token of each row
         self.mask: torch.Tensor | None = None  # (B or 1, 1, T, keys): what the tokens of this call may see
         self.causal = False
+
+    @classmethod
+    def of(
+        cls,
+        config: CharTransformerConfig | GPT2Config,
+        batch_size: int,
+        padding: torch.Tensor | None,
+        fixed: bool,
+        like: torch.Tensor,
+    ) -> KVCache:
+        """An empty cache for `batch_size` sequences of a model, of the dtype and on the device of `like`."""
+        c = config
+        return cls(c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, like, padding, fixed)
 
     def start(self, count: int) -> torch.Tensor:
         """Prepare for `count` new tokens a row; return their positions, (T,), or (B, T) with padding."""

@@ -75,8 +75,7 @@ class GPT2(LanguageModel):
 
     def new_cache(self, batch_size: int, padding: torch.Tensor | None = None, fixed: bool = False) -> KVCache:
         """An empty cache for `batch_size` sequences."""
-        c, like = self.config, self.ln_f.weight
-        return KVCache(c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, like, padding, fixed)
+        return KVCache.of(self.config, batch_size, padding, fixed, like=self.ln_f.weight)
 
 
 class Block(nn.Module):
