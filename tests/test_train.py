@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_chec
         return forward(x, y)
 
     trainer.forward = poisoned
-    with pytest.raises(PicogptError, match=r"loss is nan at step 10;.*checkpoints"):
+    with pytest.raises(PicogptError, match=r"loss is nan at step 10 .*checkpoints"):
         trainer.run()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
     assert checkpoint.load_state(tmp_path / "checkpoints/last.pt")[0]["progress"]["step"] == 7
