@@ -24,6 +24,7 @@ def register(monkeypatch: pytest.MonkeyPatch):
 
     def add(*addresses: str, content: bytes = CONTENT, archive: dict | None = None) -> None:
         asset = assets.Asset(
+            kind="corpus",
             title="plays",
             licence="none",
             file="plays.txt",
@@ -91,7 +92,7 @@ def test_wrong_bytes_are_an_error_with_both_hashes_and_the_address_and_are_not_k
     for part in (server.address, hashlib.sha256(CONTENT).hexdigest(), hashlib.sha256(seen).hexdigest()):
         assert part in str(error.value)
     assert not isinstance(error.value, Unreachable)
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
 def test_the_mirror_is_asked_first(server, register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from picogpt import cli, config
+from picogpt import config
+from picogpt.cli import common
 from picogpt.data.assets import MIRROR_VARIABLE
 
 
@@ -26,7 +27,7 @@ def test_the_module_runs_as_the_command():
 
 
 def test_the_kinds_on_the_command_line_are_those_of_the_settings():
-    assert cli.KINDS == config.MODEL_KINDS
+    assert common.KINDS == config.MODEL_KINDS
 
 
 def test_the_help_of_train_lists_every_setting(picogpt):

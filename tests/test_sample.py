@@ -221,7 +221,8 @@ def test_the_command_line(trained, picogpt, tmp_path: Path):
     assert "e" not in stopped.removeprefix("the king")
     long = "the king and queen of night"
     cut = picogpt("sample", "char-transformer", "-n", 9, "--prompt", long, "--truncate").out
-    assert cut == picogpt("sample", "char-transformer", "-n", 9, "--prompt", long[-16:]).out
+    end = picogpt("sample", "char-transformer", "-n", 9, "--prompt", long[-16:]).out
+    assert cut.removeprefix(long) == end.removeprefix(long[-16:])
     assert picogpt("sample", "char-bigram", "-n", 5, "--prompt", "the king", "--out", "o.txt").out == ""
     assert (tmp_path / "o.txt").read_text() == continued[:-1]
 
