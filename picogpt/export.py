@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from picogpt.config import GPT2Config
 from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer, byte_characters
 from picogpt.errors import PicogptError
+from picogpt.hub import FILE
 from picogpt.models.gpt2 import GPT2
-from picogpt.models.pretrained import FILE, TURNED
+from picogpt.models.pretrained import TURNED
 
 
 def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:

@@ -85,7 +85,7 @@ def select(device: str = "auto", dtype: str = "auto") -> Device:
             raise UsageError("device 'mps' was asked for and is not here; --device cpu works")
         fast, name = False, f"Apple {platform.machine()}"
     else:
-        fast, name = bool({"amx_bf16", "avx512_bf16"} & cpu_flags()), cpu_name()
+        fast, name = cpu_multiplies_bfloat16(), cpu_name()
     chosen = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
     return Device(name=name, torch_name=device, dtype=chosen)
 
@@ -118,6 +118,15 @@ def peak_memory_bytes(device: Device) -> int:
 
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gpu_memory_bytes(device: Device) -> int | None:
+    """Memory of a GPU, all of it; None for other devices, which share the machine's."""
+    if device.kind != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.get_device_properties(device.torch_name).total_memory
 
 
 def prepare(device: Device, threads: int) -> None:
@@ -198,6 +207,11 @@ def _cpu_info() -> dict[str, str]:
 def cpu_flags() -> frozenset[str]:
     """Instruction sets of the CPU as Linux lists them; empty elsewhere."""
     return frozenset(_cpu_info().get("flags", "").split())
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16; without them float32 is many times faster."""
+    return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
 
 
 def cpu_name() -> str:

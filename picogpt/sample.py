@@ -259,6 +259,8 @@ def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32", 
     if isinstance(model, GPT2):
         if dtype == "int8":
             return inference.specialize(model, inference.Int8Linear)
+        if where.kind == "cpu" and dtype == "bfloat16" and not hardware.cpu_multiplies_bfloat16():
+            return inference.specialize(model, inference.Bfloat16Linear)
         if decoding and where.kind == "cpu" and inference.can_pack(model.ln_f.weight.dtype):
             return inference.specialize(model, inference.PackedLinear)
     elif dtype == "int8":
@@ -269,24 +271,21 @@ def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32", 
 def sample_texts(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[np.ndarray],
     count: int,
     decoding: Decoding,
     seed: int,
     stops: Sequence[str] = (),
     at_end_of_text: bool = True,
     cached: bool = True,
-    longest: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> tuple[list[Sample], float]:
-    """Continue each prompt by `count` tokens, or up to a stop; returns the samples and the seconds they took.
+    """Continue each prompt, ids from `read_prompt`, by `count` tokens, or up to a stop.
 
-    Of a prompt of more than `longest` tokens the end is read. `on_text` gets the text of the first prompt as it is made.
-
-    Raises UsageError when a prompt is empty or has characters that the tokenizer lacks.
+    Returns the samples and the seconds they took. `on_text` gets the text of the first prompt as it is made.
     """
     device = next(model.parameters()).device
-    ids = [torch.from_numpy(_tail(tokenizer.encode(prompt), longest)).to(device) for prompt in prompts]
+    ids = [torch.from_numpy(prompt).to(device) for prompt in prompts]
     streams = [TextStream(tokenizer, stops, at_end_of_text) for _ in prompts]
     texts = ["" for _ in prompts]
     began = time.perf_counter()
@@ -312,20 +311,20 @@ def sample_texts(
     return [Sample(text, stream.tokens) for text, stream in zip(texts, streams, strict=True)], seconds
 
 
-def _tail(ids: np.ndarray, longest: int | None) -> np.ndarray:
-    return ids[-longest:].astype(np.int64) if longest else ids.astype(np.int64)
+def read_prompt(tokenizer: Tokenizer, prompt: str, block_size: int, truncate: bool = False) -> np.ndarray:
+    """Ids of a prompt, int64, shape (T,); of one longer than the context, with `truncate`, the end.
 
-
-def check_prompt(tokenizer: Tokenizer, prompt: str, block_size: int | None) -> None:
-    """Raises UsageError when the prompt is empty, or has more tokens than the context holds."""
-    length = len(tokenizer.encode(prompt))
-    if length == 0:
+    Raises UsageError when the prompt is empty, has what the tokenizer lacks, or more tokens than the context holds.
+    """
+    ids = tokenizer.encode(prompt).astype(np.int64)
+    if len(ids) == 0:
         raise UsageError("the prompt is empty: give at least one character")
-    if block_size is not None and length > block_size:
+    if len(ids) > block_size and not truncate:
         raise UsageError(
-            f"the prompt has {length:,} tokens and the context of this model holds {block_size:,}:"
+            f"the prompt has {len(ids):,} tokens and the context of this model holds {block_size:,}:"
             " shorten it, or read its end alone with --truncate"
         )
+    return ids[-block_size:]
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import http.server
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from conftest import serving
 
 
 @dataclass
@@ -87,10 +88,5 @@ def handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
 def running() -> Iterator[Hub]:
     """A hub on this machine."""
     hub = Hub("")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler(hub)) as server:
-        hub.address = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with serving(handler(hub)) as hub.address:
         yield hub
-        server.shutdown()
-        thread.join()

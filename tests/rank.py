@@ -1,7 +1,8 @@
 """Trains a small model as one rank of a job that torchrun started, or alone.
 
 Arguments: run folder, tokens folder, settings as JSON (model, train), what else to do: none, die:STEP (rank 1 is
-killed there, once), die0:STEP (rank 0), nan:STEP (the loss of rank 1 is not a number), or linger (slow steps).
+killed there, once), die0:STEP (rank 0), nan:STEP (the loss of rank 1 is not a number), linger (slow steps),
+or compile (with torch.compile).
 """
 
 import json
@@ -22,8 +23,9 @@ from picogpt.train.loop import Trainer
 
 
 def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
-    experiment = Experiment.model_validate({**json.loads(settings), "runtime": SMALL_RUNTIME})
     kind, _, number = misfortune.partition(":")
+    runtime = {**SMALL_RUNTIME, "compile": "auto" if kind == "compile" else "off"}
+    experiment = Experiment.model_validate({**json.loads(settings), "runtime": runtime})
     with joined("cpu") as world:
         trainer = Trainer(experiment, open_data(tokens), folder, world)
         step = trainer._step

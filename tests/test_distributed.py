@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from picogpt import hardware
+from picogpt.config import Experiment
 from picogpt.data.tokens import TokenData
 from picogpt.errors import UsageError
 from picogpt.train import checkpoint
 from picogpt.train.distributed import World, joined
-from picogpt.train.loop import micro_batch_size
+from picogpt.train.loop import micro_batch_size, tokens_at_once
 
 TESTS = Path(__file__).resolve().parent
 MODEL = {"kind": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
@@ -129,6 +131,17 @@ def test_a_dead_rank_is_replaced_and_the_run_goes_on(alone: Path, tokens_folder:
     assert results(tmp_path)["sessions"] == 2
 
 
+def test_where_nothing_can_be_compiled_the_ranks_go_on_without(
+    alone: Path, tokens_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    done = run(tmp_path / "run", tokens_folder, 2, "compile", micro_batch_size=2)
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile does not work here" in done.stderr
+    assert_same(tmp_path / "run", alone)
+
+
 def test_a_loss_that_is_no_number_on_one_rank_stops_all_at_its_step(tokens_folder: Path, tmp_path: Path):
     done = run(tmp_path, tokens_folder, 2, "nan:9")
     assert done.returncode == 1
@@ -159,6 +172,15 @@ def test_a_batch_that_does_not_divide_says_what_would(tokens_folder: Path, tmp_p
 )
 def test_micro_batches_fill_what_the_device_takes(batch: int, ranks: int, wanted: int | None, most: int, expected: int):
     assert micro_batch_size(batch, ranks, wanted, most) == expected
+
+
+def test_a_small_gpu_takes_fewer_tokens_at_once(monkeypatch: pytest.MonkeyPatch):
+    model = Experiment.model_validate({"model": {"kind": "gpt2"}, "train": {"steps": 1}}).model
+    gpu = hardware.Device("a GPU", "cuda:0", "bfloat16")
+    monkeypatch.setattr(hardware, "gpu_memory_bytes", lambda device: 80 * 2**30)
+    assert tokens_at_once(gpu, model) == 1 << 16
+    monkeypatch.setattr(hardware, "gpu_memory_bytes", lambda device: 8 * 2**30)
+    assert 8 * 1024 < tokens_at_once(gpu, model) < 16 * 1024
 
 
 def test_a_micro_batch_that_does_not_divide_says_what_would():

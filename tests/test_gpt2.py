@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 from picogpt import models
 from picogpt.config import GPT2Config
+from picogpt.hub import registry
 from picogpt.models import attention
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.loss import linear_cross_entropy
-from picogpt.models.pretrained import TURNED, VOCAB_SIZE, registry
+from picogpt.models.pretrained import TURNED, VOCAB_SIZE
 from picogpt.sample import Decoding, generate
 
 transformers = pytest.importorskip("transformers")
@@ -111,11 +112,11 @@ def test_the_fused_loss_is_cross_entropy_whatever_is_held_at_once(monkeypatch, v
     expected = F.cross_entropy(x @ weight.T, targets)
     gradients = torch.autograd.grad(3 * expected, (x, weight))
     loss = linear_cross_entropy(x, weight, targets)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     for ours, theirs in zip(torch.autograd.grad(3 * loss, (x, weight)), gradients, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     with torch.no_grad():
-        assert linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), abs=1e-6)
+        assert linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_columns_of_padding_take_no_part_in_the_loss():

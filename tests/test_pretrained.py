@@ -14,6 +14,7 @@ import torch
 from hub import Hub
 from safetensors.torch import load_file, save
 
+from picogpt import hub as hub_client
 from picogpt import models
 from picogpt.config import GPT2Config
 from picogpt.data.bpe import GPT2Tokenizer
@@ -21,7 +22,7 @@ from picogpt.errors import PicogptError, Unreachable, UsageError
 from picogpt.export import export_folder
 from picogpt.models import pretrained
 from picogpt.models.gpt2 import GPT2
-from picogpt.models.pretrained import TURNED, Pretrained, load_safetensors
+from picogpt.models.pretrained import TURNED, load_safetensors
 
 CONFIG = GPT2Config(kind="gpt2", n_layer=2, n_head=2, n_embd=8)
 REVISION = "0123456789" * 4
@@ -61,11 +62,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> Iter
 
 
 def register(monkeypatch: pytest.MonkeyPatch, sha256: str | None) -> None:
-    asset = Pretrained(
+    asset = hub_client.Pretrained(
         repository="openai-community/gpt2", revision=REVISION, sha256=sha256, parameters="0M",
         n_layer=2, n_head=2, n_embd=8,
     )  # fmt: skip
-    monkeypatch.setattr(pretrained, "registry", lambda: {"pretrained": asset})
+    monkeypatch.setattr(hub_client, "registry", lambda: {"pretrained": asset})
 
 
 def test_the_hub_is_asked_once_and_its_cache_serves_from_then_on(hub: Hub):
@@ -86,9 +87,9 @@ def test_a_hang_up_is_resumed_where_it_stopped(hub: Hub, content: bytes, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 14)  # 10 MB: this file in one piece
     hub.hang_up_after = [len(content) // 2]
     try:
-        path = pretrained.fetch("pretrained")
+        path = hub_client.fetch("pretrained")
     except Unreachable:  # the client may leave it to the next run
-        path = pretrained.fetch("pretrained")
+        path = hub_client.fetch("pretrained")
     assert path.read_bytes() == content
     ranges = [wanted for method, _, wanted in hub.requests if method == "GET"]
     assert any(wanted and int(wanted.removeprefix("bytes=").split("-")[0]) > 0 for wanted in ranges), ranges
@@ -102,7 +103,7 @@ def test_another_file_is_refused_and_not_kept(hub: Hub, monkeypatch, tmp_path: P
         register(monkeypatch, None)
         hub.claimed_hash = "a" * 64
     with pytest.raises(PicogptError, match=f"sha256 [0-9a-f]{{64}}, expected {'a' * 64}"):
-        pretrained.fetch("pretrained")
+        hub_client.fetch("pretrained")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 1000]
 
 
@@ -115,22 +116,23 @@ def test_another_file_is_refused_and_not_kept(hub: Hub, monkeypatch, tmp_path: P
         (429, Unreachable, "429|cannot"),
     ],
 )
-def test_a_refusal_says_what_to_do(hub: Hub, status: int, error: type, message: str):
+def test_a_refusal_says_what_to_do(hub: Hub, monkeypatch, status: int, error: type, message: str):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before it asks again
     hub.status = status
     with pytest.raises(error, match=message):
-        pretrained.fetch("pretrained")
+        hub_client.fetch("pretrained")
 
 
 def test_the_names_on_the_command_line_are_those_of_the_registry():
     from picogpt.cli.common import PRETRAINED
 
-    assert tuple(f"gpt2-{name}" for name in pretrained.registry()) == PRETRAINED
+    assert tuple(f"gpt2-{name}" for name in hub_client.registry()) == PRETRAINED
 
 
 def test_where_no_hub_answers_the_message_names_it(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:9.*picogpt fetch pretrained"):
-        pretrained.fetch("pretrained")
+        hub_client.fetch("pretrained")
 
 
 def test_the_commands(hub: Hub, picogpt, gpt2_resources: Path, tmp_path: Path, corpus: Path):

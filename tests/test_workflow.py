@@ -41,6 +41,7 @@ SMALL = {
         "dtypes": ["int8"],
         "throughput_tokens": 10,
         "throughput_runs": 2,
+        "throughput_streams": 2,
     },
 }  # fmt: skip
 TRANSFORMER_SAMPLE = "media/char_transformer_sample.txt"
@@ -119,7 +120,7 @@ def test_bare_snakemake_lists_every_job_in_a_fresh_clone(tmp_path: Path):
         "sample_gpt2",
         "loss_curve_gpt2",
     }
-    expected |= {"evaluate", "bench_sampling", "bench_weights"}
+    expected |= {"evaluate", "bench_sampling", "bench_sampling_streams", "bench_weights"}
     assert jobs(run) == expected
     assert "workflow/profiles/default" in run.stderr
 
@@ -163,7 +164,7 @@ def test_a_second_run_does_nothing(finished: Path):
         ({"char_bigram": {"set": ["model.block_size=16", "train.epochs=1"]}}, {"train", "sample", "loss_curve", "summary", "page", "bench_weights"}),
         ({"drop_unseen": True}, {"tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page", "bench_weights"}),
         ({"gpt2": {"sample_tokens": 20}}, {"sample_gpt2", "page"}),
-        ({"gpt2": {"throughput_runs": 3}}, {"bench_sampling", "summary", "page"}),
+        ({"gpt2": {"throughput_runs": 3}}, {"bench_sampling", "bench_sampling_streams", "summary", "page"}),
         ({"gpt2": {"prompts": ["my lord"]}}, {"evaluate", "summary", "page"}),
         ({}, set()),
     ],

@@ -9,8 +9,9 @@ from picogpt import hardware, records
 from picogpt.data.tokenizers import Tokenizer
 from picogpt.data.tokens import TokenData
 from picogpt.errors import PicogptError
+from picogpt.models.gpt2 import GPT2, TiedHead
 from picogpt.models.language_model import LanguageModel
-from picogpt.sample import Decoding, prepare, sample_texts
+from picogpt.sample import Decoding, prepare, read_prompt, sample_texts
 from picogpt.train.evaluate import evaluate
 
 
@@ -38,11 +39,14 @@ def measure(
         )
     model = prepare(model, device, dtype, decoding=False)
     where = hardware.select(device, "float32")  # no autocast: the weights have the dtype that is measured
-    loss = evaluate(model, data.val.ids, where, batch_size=1 if dtype == "int8" else None)
+    # A specialized head makes all logits of a batch: one sequence at a time.
+    fused = not isinstance(model, GPT2) or isinstance(model.head, TiedHead)
+    loss = evaluate(model, data.val.ids, where, batch_size=None if fused else 1)
     texts = []
     if prompts:
         decoding = Decoding(temperature=0.9, top_k=50)
-        texts = [sample.text for sample in sample_texts(model, tokenizer, prompts, num_tokens, decoding, seed)[0]]
+        ids = [read_prompt(tokenizer, prompt, model.config.block_size, truncate=True) for prompt in prompts]
+        texts = [sample.text for sample in sample_texts(model, tokenizer, ids, num_tokens, decoding, seed)[0]]
     return {
         **records.provenance(where),
         "kind": f"evaluate {kind} {dtype}",

@@ -62,7 +62,7 @@ def measure(
     selected = hardware.select(device, "float32" if dtype == "float32" else "bfloat16")
     return {
         **records.provenance(selected),
-        "kind": f"sampling {kind} {dtype}" + (f" batch {batch_size}" if batch_size > 1 else ""),
+        "kind": f"sampling {kind} {dtype}" + (" streams" if batch_size > 1 else ""),
         "corpus": {},
         "config": {
             "model": model.config.model_dump(),

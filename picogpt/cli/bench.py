@@ -65,10 +65,9 @@ def weights(files: tuple[str, ...], out: Path | None) -> None:
     \b
       picogpt bench weights gpt2=weights/gpt2/RUN/tinyshakespeare/best.pt gpt2-pretrained=gpt2-pretrained
     """
-    from picogpt import records
+    from picogpt import hub, records
     from picogpt.bench import weights as bench_weights
     from picogpt.errors import Unreachable
-    from picogpt.models import pretrained
 
     paths = {}
     for pair in files:
@@ -77,7 +76,7 @@ def weights(files: tuple[str, ...], out: Path | None) -> None:
             raise UsageError(f"{pair!r} is not of the form NAME=FILE")
         if file in PRETRAINED:
             try:
-                paths[name] = pretrained.fetch(file.removeprefix("gpt2-"), cached_only=True)
+                paths[name] = hub.fetch(file.removeprefix("gpt2-"), cached_only=True)
             except Unreachable:
                 click.echo(f"{name}: not measured here: hub unreachable", err=True)
         else:

@@ -76,6 +76,7 @@ def load_model(
     if tokenizer_dir and kind in ("gpt2", *PRETRAINED):
         raise UsageError(f"{kind} has GPT-2's own tokenizer: leave out --tokenizer-dir")
     if kind in PRETRAINED:
+        from picogpt import hub
         from picogpt.data.bpe import GPT2Tokenizer
         from picogpt.models import pretrained
 
@@ -83,7 +84,7 @@ def load_model(
             raise UsageError(f"{kind} is OpenAI's: leave out --ckpt and --untrained")
         name = kind.removeprefix("gpt2-")
         tokenizer: Any = GPT2Tokenizer.fetched(RESOURCES)
-        return pretrained.load(name, cached_only), tokenizer, pretrained.registry()[name].repository
+        return pretrained.load(name, cached_only), tokenizer, hub.registry()[name].repository
 
     from picogpt.train.checkpoint import load_weights
 

@@ -65,9 +65,9 @@ def _fetch(name: str, folder: Path) -> Path:
     from picogpt.data import assets, bpe
 
     if f"gpt2-{name}" in PRETRAINED:
-        from picogpt.models import pretrained
+        from picogpt import hub
 
-        return pretrained.fetch(name)
+        return hub.fetch(name)
     return bpe.fetch_ranks(folder) if name == bpe.RANKS else assets.fetch(name, folder)
 
 
@@ -84,9 +84,9 @@ def _had(name: str, folder: Path) -> str:
 def _state(name: str, folder: Path) -> str:
     """here, reachable or unreachable; asks for no more than an answer."""
     if f"gpt2-{name}" in PRETRAINED:
-        from picogpt.models import pretrained
+        from picogpt import hub
 
-        return "here" if pretrained.is_here(name) else "reachable" if pretrained.hub_answers() else "unreachable"
+        return "here" if hub.is_here(name) else "reachable" if hub.answers() else "unreachable"
     from picogpt.data import assets
 
     asset = assets.find(name)

@@ -80,10 +80,8 @@ def sample(
     model, tokenizer, _ = load_model(kind, ckpt, tokenizer_dir, untrained)
     given = prompts or ((read_text(prompt_file),) if prompt_file else ())
     texts = list(given) or [sampling.first_prompt(tokenizer, kind in PRETRAINED)]
-    block_size = model.config.block_size
-    for text in texts:
-        sampling.check_prompt(tokenizer, text, None if truncate else block_size)
     texts = [text for text in texts for _ in range(num_samples)]
+    ids = [sampling.read_prompt(tokenizer, text, model.config.block_size, truncate) for text in texts]
     live = stream if stream is not None else out is None and len(texts) == 1 and sys.stdout.isatty()
     if live and (len(texts) > 1 or out):
         raise UsageError(
@@ -99,15 +97,14 @@ def sample(
     samples, seconds = sampling.sample_texts(
         model,
         tokenizer,
-        texts,
+        ids,
         num_tokens,
         decoding,
         seed,
         stops,
         not ignore_end,
         cache,
-        longest=block_size,
-        on_text=echo if live else None,
+        echo if live else None,
     )
     whole = "\n---\n".join((text if given else "") + made.text for text, made in zip(texts, samples, strict=True))
     if out:

@@ -28,7 +28,7 @@ ALIGNMENT = 64
 LARGEST_HEADER = 1 << 16
 DTYPES = ("uint8", "uint16", "uint32")
 SPLITS = ("train", "val")
-# Beyond this, reading every id at the start would take longer than it is worth.
+# Beyond this, reading every id at the start would take longer than it is worth; batches are checked as they come.
 CHECKED_COUNT = 1 << 26
 
 
@@ -55,6 +55,14 @@ class TokenFile:
     path: Path
     header: Header
     ids: np.ndarray
+
+    def check(self, ids: np.ndarray) -> None:
+        """Raises PicogptError when one of `ids`, any shape, is not in the vocabulary."""
+        if ids.size and int(ids.max()) >= self.header.vocab_size:
+            raise PicogptError(
+                f"{self.path} holds the id {int(ids.max())} in a vocabulary of {self.header.vocab_size}:"
+                " tokenize the text again"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,9 +131,10 @@ def open_tokens(path: str | Path) -> TokenFile:
             " it was cut short or changed; tokenize the text again"
         )
     ids = np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(header.count,))
-    if 0 < header.count <= CHECKED_COUNT and int(ids.max()) >= header.vocab_size:
-        raise PicogptError(f"{path} holds the id {int(ids.max())} in a vocabulary of {header.vocab_size}")
-    return TokenFile(path, header, ids)
+    tokens = TokenFile(path, header, ids)
+    if header.count <= CHECKED_COUNT:
+        tokens.check(ids)
+    return tokens
 
 
 def open_data(folder: str | Path) -> TokenData:

@@ -15,42 +15,28 @@ class KVCache:
 
     Prompts of different lengths are filled up on the left: `padding` (B,) says how many slots of each row hold none
     of its tokens. With `fixed`, a single token is attended over all slots behind a mask, and where it goes is known
-    to the device alone, so that each step is the same sequence of kernels: what a CUDA graph needs.
+    to the device alone, so that each step is the same sequence of kernels: what a CUDA graph needs. `like` is a tensor
+    of the dtype and on the device that the cache shall have.
     """
 
     def __init__(
         self,
-        n_layer: int,
-        batch_size: int,
-        n_head: int,
-        block_size: int,
-        head_size: int,
-        like: torch.Tensor,
-        padding: torch.Tensor | None = None,
-        fixed: bool = False,
-    ):
-        shape = (n_layer, 2, batch_size, n_head, block_size, head_size)
-        self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.padding, self.fixed = padding, fixed
-        self.length = 0
-        self.slot = torch.zeros(1, dtype=torch.int64, device=like.device)  # `length`, on the device
-        self.slots = torch.arange(block_size, device=like.device)
-        self.last = torch.zeros(batch_size, 1, dtype=torch.int64, device=like.device)  # the newest token of each row
-        self.mask: torch.Tensor | None = None  # (B or 1, 1, T, keys): what the tokens of this call may see
-        self.causal = False
-
-    @classmethod
-    def of(
-        cls,
         config: CharTransformerConfig | GPT2Config,
         batch_size: int,
         padding: torch.Tensor | None,
         fixed: bool,
         like: torch.Tensor,
-    ) -> KVCache:
-        """An empty cache for `batch_size` sequences of a model, of the dtype and on the device of `like`."""
+    ):
         c = config
-        return cls(c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, like, padding, fixed)
+        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.padding, self.fixed = padding, fixed
+        self.length = 0
+        self.slot = torch.zeros(1, dtype=torch.int64, device=like.device)  # `length`, on the device
+        self.slots = torch.arange(c.block_size, device=like.device)
+        self.last = torch.zeros(batch_size, 1, dtype=torch.int64, device=like.device)  # the newest token of each row
+        self.mask: torch.Tensor | None = None  # (B or 1, 1, T, keys): what the tokens of this call may see
+        self.causal = False
 
     def start(self, count: int) -> torch.Tensor:
         """Prepare for `count` new tokens a row; return their positions, (T,), or (B, T) with padding."""

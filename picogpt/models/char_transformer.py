@@ -75,7 +75,7 @@ class CharTransformer(LanguageModel):
 
     def new_cache(self, batch_size: int, padding: torch.Tensor | None = None, fixed: bool = False) -> KVCache:
         """An empty cache for `batch_size` sequences."""
-        return KVCache.of(self.config, batch_size, padding, fixed, like=self.wte.weight)
+        return KVCache(self.config, batch_size, padding, fixed, like=self.wte.weight)
 
 
 class Block(nn.Module):

@@ -75,7 +75,7 @@ class GPT2(LanguageModel):
 
     def new_cache(self, batch_size: int, padding: torch.Tensor | None = None, fixed: bool = False) -> KVCache:
         """An empty cache for `batch_size` sequences."""
-        return KVCache.of(self.config, batch_size, padding, fixed, like=self.ln_f.weight)
+        return KVCache(self.config, batch_size, padding, fixed, like=self.ln_f.weight)
 
 
 class Block(nn.Module):

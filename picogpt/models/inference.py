@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from picogpt import hardware
 from picogpt.models.gpt2 import GPT2
 
 FEW_ROWS = 4
@@ -32,7 +33,7 @@ class Int8Linear(nn.Module):
         if len(rows) <= FEW_ROWS and rows.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
-            y = F.linear(rows, self.weight.bfloat16()) * self.scale
+            y = bfloat16_product(rows, self.weight.bfloat16()) * self.scale
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
 
@@ -50,7 +51,35 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
 
 
-def specialize(model: GPT2, layer: type[Int8Linear] | type[PackedLinear]) -> GPT2:
+class Bfloat16Linear(nn.Module):
+    """A linear layer in bfloat16 for a CPU that has no instructions for it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        self.register_buffer("weight", weight.detach())  # (out, in)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out)."""
+        y = bfloat16_product(x.reshape(-1, x.size(-1)), self.weight)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (N, in) times weight (out, in)', both bfloat16, sums in float32, rounded to bfloat16: (N, out).
+
+    A CPU without instructions for it multiplies many rows in float32: the same sums, several times as fast.
+    """
+    if len(x) <= FEW_ROWS or x.device.type != "cpu" or hardware.cpu_multiplies_bfloat16():
+        return F.linear(x, weight)
+    return F.linear(x.float(), weight.float()).bfloat16()
+
+
+def specialize(model: GPT2, layer: type[Int8Linear] | type[PackedLinear] | type[Bfloat16Linear]) -> GPT2:
     """Put every matrix of a GPT-2 into `layer`, in place: those of the blocks, and the head's copy of the token table."""
     for module in list(model.modules()):
         for name, child in module.named_children():

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from picogpt import hardware
 from picogpt.errors import PicogptError, UsageError, failure_mark
@@ -83,6 +84,34 @@ class World:
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
+
+    def tree_from_first(self, make: Callable[[], T]) -> T:
+        """As `from_first`, for dictionaries and lists with tensors in them: each tensor travels by itself, as it is."""
+        if self.size == 1:
+            return make()
+        tensors: list[torch.Tensor] = []
+
+        def outline() -> T:
+            tree = make()
+            tensors.extend(leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+            return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tree)
+
+        tree = self.from_first(outline)
+        turn = iter(tensors)
+
+        def receive(shape: torch.Tensor) -> torch.Tensor:
+            tensor = next(turn).contiguous() if self.first else torch.empty_like(shape, device="cpu")
+            with _peers():
+                dist.broadcast(tensor, 0, group=self.control)
+            return tensor
+
+        return tree_map_only(torch.Tensor, receive, tree)
+
+    def first_before_others(self, make: Callable[[], T]) -> T:
+        """What `make` returns, on each rank its own; the first rank goes ahead, so that the others find what it fetched."""
+        made: list[T] = []
+        self.from_first(lambda: made.append(make()))
+        return made[0] if self.first else make()
 
     def _reduce(self, value: torch.Tensor, operation: Any) -> float:
         if self.size > 1:

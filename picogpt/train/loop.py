@@ -21,7 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from picogpt import hardware, models, records
-from picogpt.config import Experiment
+from picogpt.config import CharBigramConfig, Experiment, ModelConfig
 from picogpt.data.sampler import Sampler
 from picogpt.data.tokens import TokenData
 from picogpt.errors import Interrupted, PicogptError, UsageError
@@ -36,6 +36,8 @@ from picogpt.train.optim import Optimizer
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16, "mps": 1 << 14}
 """Of one forward pass, by device, where the settings name no micro-batch: beyond it nothing gets faster."""
+BYTES_PER_ACTIVATION = 40
+"""What training keeps of one token for each layer and each number of its width: 17 numbers in bfloat16, and a little."""
 
 
 @dataclass
@@ -81,16 +83,15 @@ class Trainer:
         self.sampler = Sampler(data.train.ids, block_size, self.config.batch_size, self.config.seed)
         self.total_steps = self.config.steps or self.sampler.steps(self.config.epochs or 1)
         self.tokens_per_step = self.config.batch_size * block_size
-        most = max(1, TOKENS_AT_ONCE[self.device.kind] // block_size)
+        most = max(1, tokens_at_once(self.device, experiment.model) // block_size)
         self.micro_batch_size = micro_batch_size(
             self.config.batch_size, self.world.size, self.config.micro_batch_size, most
         )
         # On a GPU reading a loss would wait for it; there losses are read where a line is logged.
         self.reads_each_loss = self.device.kind != "cuda" or self.config.optimizer == "muon"
 
-        if self.config.init == "pretrained":  # one rank asks the hub; the others find what it brought
-            self.world.from_first(lambda: models.initial(experiment, data.vocab_size) and None)
-        self.model = models.initial(experiment, data.vocab_size).to(self.device.torch_name)
+        model = self.world.first_before_others(lambda: models.initial(experiment, data.vocab_size))
+        self.model = model.to(self.device.torch_name)
         self.optimizer = Optimizer(self.model, self.config, self.total_steps)
         # The raw module is the one that is evaluated, sampled and saved; the others share its weights.
         self.forward: Callable[..., torch.Tensor] = self.model
@@ -186,6 +187,8 @@ class Trainer:
         torch.manual_seed((self.config.seed << 32) + (self.world.rank << 40) + step)
         self.model.train()
         batch = self.sampler.batch(step, self.world.rank, self.world.size)
+        for array in batch:
+            self.data.train.check(array)
         inputs, targets = (self._to_device(array) for array in batch)
         micro_batches = len(inputs) // self.micro_batch_size
         loss = torch.zeros((), device=self.device.torch_name)
@@ -220,6 +223,11 @@ class Trainer:
                 with autocast(self.device):
                     loss = self.forward(x, y) / micro_batches
                 loss.backward()
+        except torch.OutOfMemoryError as error:
+            raise PicogptError(
+                f"{self.device.name} has too little memory for {self.micro_batch_size} sequences at once:"
+                f" --set train.micro_batch_size={max(1, self.micro_batch_size // 2)} trains the same with less"
+            ) from error
         except Exception as error:
             # Compilation happens at the first call, and fails where there is no working C++ compiler.
             if not self.compiled or self.runtime.compile == "on" or not _is_compile_error(error):
@@ -310,7 +318,7 @@ class Trainer:
 
     def _resume(self, replace: bool) -> None:
         """Load the last checkpoint, if there is one, on every rank."""
-        state = self.world.from_first(lambda: self.folder.load(replace))
+        state = self.world.tree_from_first(lambda: self.folder.load(replace))
         if state:
             checkpoint.load_tensors(self.model, state["model"], self.folder.last)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -371,6 +379,15 @@ class Trainer:
             "compiled": self.compiled,
             "results": results,
         }
+
+
+def tokens_at_once(device: hardware.Device, model: ModelConfig) -> int:
+    """Tokens that one forward pass may take where the settings do not say: on a GPU, as many as half its memory holds."""
+    most = TOKENS_AT_ONCE[device.kind]
+    memory = hardware.gpu_memory_bytes(device)
+    if memory is None or isinstance(model, CharBigramConfig):
+        return most
+    return min(most, memory // 2 // (BYTES_PER_ACTIVATION * model.n_layer * model.n_embd))
 
 
 def micro_batch_size(batch_size: int, ranks: int, wanted: int | None, most: int) -> int:

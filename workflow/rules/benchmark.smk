@@ -65,6 +65,23 @@ rule bench_sampling:
         " > {log:q} 2>&1"
 
 
+use rule bench_sampling as bench_sampling_streams with:
+    input:
+        ckpt=f"{GPT2}/best.pt",
+        ranks="resources/gpt2.tiktoken",
+    output:
+        "results/records/sampling_{gpt2}_{dtype}_streams.json",
+    log:
+        "logs/bench_sampling_{gpt2}_{dtype}_streams.log",
+    params:
+        model=lambda wildcards: [
+            *gpt2_arguments(wildcards.gpt2),
+            f"--batch-size={config['gpt2']['throughput_streams']}",
+        ],
+        tokens=config["gpt2"]["throughput_tokens"],
+        runs=config["gpt2"]["throughput_runs"],
+
+
 rule bench_weights:
     """What the trained weights weigh on disk, beside OpenAI's."""
     input:

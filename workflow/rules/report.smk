@@ -19,6 +19,7 @@ RECORDS = [
         gpt2=["gpt2", "gpt2-pretrained"],
         dtype=config["gpt2"]["dtypes"],
     ),
+    "results/records/sampling_gpt2_bfloat16_streams.json",
     "results/records/weights.json",
 ]
 SAMPLES = {

@@ -1,0 +1,145 @@
+"""OpenAI's checkpoints on the Hugging Face hub: which there are, and bringing them here. Needs no torch."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import re
+from pathlib import Path
+
+from pydantic import Field
+
+from picogpt.config import GPT2Config, Settings, config_folder, parse, read_yaml
+from picogpt.errors import PicogptError, Unreachable, innermost
+from picogpt.files import sha256_file
+
+FILE = "model.safetensors"
+HUB_TIMEOUT_S = 5
+BUSY = (408, 429)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Pretrained(Settings):
+    """A checkpoint of OpenAI's on the hub."""
+
+    repository: str
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")
+    parameters: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+    def config(self) -> GPT2Config:
+        """The model it is for."""
+        return GPT2Config(kind="gpt2", n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
+
+
+@functools.cache
+def registry() -> dict[str, Pretrained]:
+    """All of them by name: pretrained, pretrained-medium, pretrained-large, pretrained-xl."""
+    path = config_folder() / "pretrained.yaml"
+    return {name: parse(Pretrained, tree, f"{path}, {name}") for name, tree in read_yaml(path).items()}
+
+
+def fetch(name: str, cached_only: bool = False) -> Path:
+    """The safetensors file of `name` in the hub client's own cache; fetched, resumed and verified where need be.
+
+    With `cached_only` nobody is asked for it.
+
+    Raises Unreachable when the hub does not answer, PicogptError when it refuses, or serves another file.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+    asset = registry()[name]
+    where = f"{asset.repository}/{FILE} at {asset.revision[:12]}"
+    nobody = (
+        f"cannot get {where}: the hub ({endpoint}) cannot be reached and the file is not in its cache"
+        f" ({constants.HF_HUB_CACHE}). Run picogpt fetch {name} where it can, or set HF_ENDPOINT to a mirror."
+    )
+    if not cached_only and not is_here(name) and not answers():  # the client would ask again and again, for 23 s
+        raise Unreachable(nobody)
+    try:
+        path = Path(
+            hf_hub_download(
+                asset.repository, FILE, revision=asset.revision, endpoint=endpoint, local_files_only=cached_only
+            )
+        )
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
+        status = _status(error)
+        if status is None:
+            raise Unreachable(f"{nobody} [{innermost(error)}]") from error
+        hints = {
+            401: " It wants a login: hf auth login, or HF_TOKEN.",
+            403: " This login may not read it.",
+            404: " This hub does not have it: is HF_ENDPOINT right?",
+        }
+        message = f"the hub ({endpoint}) answers {status} to {where}.{hints.get(status, '')}"
+        raise (Unreachable if status >= 500 or status in BUSY else PicogptError)(message) from error
+    except OSError as error:  # the connection broke for good, or the disk is full; httpx errors come as OSError too
+        if error.errno in DISK:
+            raise PicogptError(f"cannot write {where} into the cache: {error.strerror}") from error
+        raise Unreachable(f"cannot get {where}: {innermost(error)}; the next run goes on from what is kept") from error
+    except Exception as error:  # the client's transport has errors of its own
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+            raise
+        raise Unreachable(f"cannot get {where}: {innermost(error)}; the next run goes on from what is kept") from error
+    _verify(path, asset.sha256 or _named_hash(path, asset, endpoint))
+    return path
+
+
+def is_here(name: str) -> bool:
+    """Whether the file is in the cache of the hub's client."""
+    from huggingface_hub import try_to_load_from_cache
+
+    asset = registry()[name]
+    return isinstance(try_to_load_from_cache(asset.repository, FILE, revision=asset.revision), str)
+
+
+def answers() -> bool:
+    """Whether anybody answers at the address of the hub, whatever the answer."""
+    import requests
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        requests.head(os.environ.get("HF_ENDPOINT", constants.ENDPOINT), timeout=HUB_TIMEOUT_S)
+    except requests.RequestException:
+        return False
+    return True
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status in an error of the client or in what caused it; None where there was no answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None and status >= 400:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _named_hash(path: Path, asset: Pretrained, endpoint: str) -> str:
+    """The hash that the hub names for the file: the cache calls the file by it, where the file system has links."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
+        return path.resolve().name
+    url = hf_hub_url(asset.repository, FILE, revision=asset.revision, endpoint=endpoint)
+    return str(get_hf_file_metadata(url).etag)
+
+
+def _verify(path: Path, expected: str) -> None:
+    """Raises PicogptError, and drops the file, when it has another hash than the expected one."""
+    blob = path.resolve()
+    actual = sha256_file(blob)
+    if actual != expected:
+        blob.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise PicogptError(
+            f"the hub serves another file than {FILE} at the pinned revision: sha256 {actual}, expected {expected}."
+            " Nothing was kept."
+        )
