@@ -5,12 +5,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: report test check format clean help
+.PHONY: report test check format reference clean help
 
 help:
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
 	@echo "make test     set up, then run the tests"
 	@echo "make check    set up, then lint, types, workflow and schemas"
+	@echo "make reference  keep what was measured here in results/reference/ and media/reference/, to be committed"
 	@echo "make format   set up, then format Python and Snakemake files"
 	@echo "make clean    delete what the pipeline wrote; runs made by hand and resources/ stay"
 
@@ -33,10 +34,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/snakefmt workflow
 
+reference: $(READY)
+	$(BIN)/picogpt reference
+
 clean:
 	rm -rf weights/*/pipeline logs results/samples results/records results/report.md results/summary.csv \
 	  media/char_bigram_loss.png media/char_transformer_loss.png media/char_transformer_sample.txt \
-	  media/gpt2_*_loss.png media/gpt2_*_sample.txt
+	  media/gpt2_*_loss.png media/gpt2_*_sample.txt media/gpt2_*_throughput.png
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null \

@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -187,6 +188,16 @@ class PipelineGPT2(Settings):
     throughput_streams: int = Field(ge=2, description="texts sampled at once, in bfloat16, in one more benchmark")
 
 
+class PipelineLadder(Settings):
+    """What the pipeline measures of the training ladder."""
+
+    hardware: Literal["auto"] | list[str] = Field(
+        "auto",
+        description="files of config/hardware/ to measure, or paths of your own; auto: those that fit this machine",
+    )
+    set: list[str] = Field([], description="overrides of the model, as for --set: [model.n_layer=2]")
+
+
 class Pipeline(Settings):
     """`config/config.yaml`: what the pipeline runs."""
 
@@ -201,9 +212,61 @@ class Pipeline(Settings):
     char_bigram: PipelineModel
     char_transformer: PipelineModel
     gpt2: PipelineGPT2
+    ladder: PipelineLadder = PipelineLadder()
 
 
-SCHEMAS: dict[str, type[Settings]] = {"experiment": Experiment, "pipeline": Pipeline}
+RUNGS = (
+    "baseline", "tf32", "bf16", "compile", "flash", "padded_vocab", "fused_adamw",
+    "fused_loss", "best_attention", "kept_memory", "cuda_graphs", "max_autotune",
+)  # fmt: skip
+Rung = Literal[RUNGS]  # type: ignore[valid-type]
+
+
+class MachineConfig(Settings):
+    """A machine of the write-up, `config/hardware/NAME.yaml`: how to tell it, and what it trains on it."""
+
+    title: str = Field(description="as figures call it")
+    device: str = Field(description="regular expression that the whole name of its device fits")
+    kind: Literal["cpu", "cuda"] = Field(description="what torch calls such a device")
+    nodes: int = Field(1, ge=1, description="machines")
+    ranks: int = Field(1, ge=1, description="devices of a machine; on a GPU one rank each")
+    batch_size: int = Field(ge=1, description="sequences of an optimizer step, over all ranks")
+    micro_batch_size: int = Field(ge=1, description="sequences of one forward pass on one rank")
+    block_size: int = Field(1024, ge=2, description="tokens of a sequence")
+    warmup_steps: int = Field(ge=1, description="steps before the clock counts; compilation happens in the first")
+    steps: int = Field(ge=3, description="steps that are timed, each by itself")
+    rungs: Annotated[list[Rung], Field(min_length=1)] = Field(
+        description="the ladder, each rung with all that stand before it; what the device lacks is left out"
+    )
+
+    training: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9_]+$",
+        description="file of config/models/: the long training on FineWeb-Edu shown on it",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MachineConfig:
+        if self.rungs[0] != "baseline" or list(self.rungs) != sorted(set(self.rungs), key=RUNGS.index):
+            raise ValueError(f"rungs must begin with baseline and keep this order: {', '.join(RUNGS)}")
+        if self.batch_size % (self.world_size * self.micro_batch_size):
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
+                f" on {self.world_size} ranks"
+            )
+        try:
+            re.compile(self.device)
+        except re.error as error:
+            raise ValueError(f"device={self.device!r} is no regular expression: {error}") from error
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.ranks
+
+
+SCHEMAS: dict[str, type[Settings]] = {"hardware": MachineConfig, "experiment": Experiment, "pipeline": Pipeline}
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 

@@ -55,3 +55,13 @@ def failure_mark() -> Path:
     """The file that the first of the failing ranks leaves: one for each start by one torchrun, their parent."""
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Path(tempfile.gettempdir()) / f"picogpt-failed-{os.getppid()}-{start}"
+
+
+def is_compile_error(error: BaseException) -> bool:
+    """Whether torch.compile failed, as where no working C++ compiler is, and not what it compiled."""
+    return type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)

@@ -136,16 +136,17 @@ def prepare(device: Device, threads: int) -> None:
     torch.set_num_threads(threads)
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch_name)  # streams and graphs are made on the current device
-    if device.kind == "cpu":
-        _keep_memory()
+    keep_memory(device)
 
 
-def _keep_memory() -> None:
-    """Let the C library keep what is freed, for a step of training to find again.
+def keep_memory(device: Device) -> None:
+    """Let the C library keep what is freed, for a step of training on a CPU to find again.
 
     Otherwise every large buffer is new memory, whose pages Linux clears one by one when they are first touched: a
     tenth of the time of a step of GPT-2. Where the C library is not glibc nothing happens.
     """
+    if device.kind != "cpu":
+        return
     import ctypes
 
     m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h

@@ -15,12 +15,13 @@ from picogpt.errors import PicogptError
 from picogpt.files import read_text, write_text
 
 SCHEMA_VERSION = 1
+NOT_SOURCE = (":!results/reference", ":!media/reference")
 REQUIRED = ("schema_version", "kind", "created", "device", "software", "commit", "corpus", "config", "results")
 
 
 def provenance(device: hardware.Device) -> dict[str, Any]:
     """What the numbers of a record stand on: time, device, driver, library versions, commit."""
-    commit, dirty = _commit()
+    source, dirty = commit()
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -38,7 +39,7 @@ def provenance(device: hardware.Device) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release()}",
             **{name: _version(name) for name in ("torch", "numpy")},
         },
-        "commit": commit,
+        "commit": source,
         "dirty": dirty,
     }
 
@@ -87,8 +88,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the source tree and whether files differ from it; (None, None) outside a git checkout."""
+def commit() -> tuple[str | None, bool | None]:
+    """Commit of the source tree and whether files differ from it; (None, None) outside a git checkout.
+
+    The reference records are results, not source: they may differ.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None, None
@@ -98,6 +102,6 @@ def _commit() -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", *NOT_SOURCE))
     except (OSError, subprocess.SubprocessError):
         return None, None

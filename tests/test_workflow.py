@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from picogpt import records
+from picogpt import hardware, records
 
 SNAKEMAKE = shutil.which("snakemake", path=str(Path(sys.executable).parent)) or shutil.which("snakemake")
 pytestmark = pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow]'")
@@ -43,9 +44,17 @@ SMALL = {
         "throughput_runs": 2,
         "throughput_streams": 2,
     },
+    "ladder": {"hardware": ["box.yaml"], "set": ["model.n_layer=1", "model.n_embd=16", "model.n_head=2"]},
+}  # fmt: skip
+BOX = {
+    "title": "box", "device": ".*", "kind": "cpu", "batch_size": 2, "micro_batch_size": 2, "block_size": 16,
+    "warmup_steps": 1, "steps": 3, "rungs": ["baseline", "flash"],
 }  # fmt: skip
 TRANSFORMER_SAMPLE = "media/char_transformer_sample.txt"
 ARTIFACTS = (
+    "media/gpt2_box_throughput.png",
+    "media/gpt2_a30_throughput.png",
+    "media/gpt2_cpu_throughput.png",
     "media/char_bigram_loss.png",
     "media/char_transformer_loss.png",
     TRANSFORMER_SAMPLE,
@@ -85,6 +94,8 @@ def snakemake(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 
 def configure(folder: Path, **change: object) -> None:
     (folder / "small.yaml").write_text(yaml.safe_dump({**SMALL, "size": "cpu", **change}))
+    if not (folder / "box.yaml").exists():
+        (folder / "box.yaml").write_text(yaml.safe_dump(BOX))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +131,7 @@ def test_bare_snakemake_lists_every_job_in_a_fresh_clone(tmp_path: Path):
         "sample_gpt2",
         "loss_curve_gpt2",
     }
-    expected |= {"evaluate", "bench_sampling", "bench_sampling_streams", "bench_weights"}
+    expected |= {"evaluate", "bench_sampling", "bench_sampling_streams", "bench_weights", "bench_train", "throughput"}
     assert jobs(run) == expected
     assert "workflow/profiles/default" in run.stderr
 
@@ -144,11 +155,75 @@ def test_every_artifact_is_made(finished: Path):
     assert by_metric["sample quality", "val loss, pretrained, int8"]["note"] == "hub unreachable"
     published_gpu = by_metric["sampling throughput", "ours, published GPU"]
     assert (published_gpu["published"], published_gpu["measured"], published_gpu["device"]) == ("83.92", "", "")
+    top = by_metric["training ladder", "a30, fused AdamW, decay groups"]
+    assert (top["published"], top["measured"], top["note"]) == ("9.3", "", "needs A30")
+    ddp = by_metric["ddp", "2x H100, throughput"]
+    assert (ddp["published"], ddp["status"], ddp["note"]) == ("900000", "not measured here", "needs 2x H100")
     page = (finished / "results/report.md").read_text()
+    assert "| flash | " in page
+    assert "Not measured here: there is no A30 in this machine." in page
     assert "Corpus: **words**" in page
     assert "not measured here: hub unreachable" in page
     logs = {path.stem for path in (finished / "logs").glob("*.log")}
     assert {"tokenize_char", "train_char_bigram", "summary", "page"} <= logs
+
+
+def test_a_rung_for_another_device_is_refused_and_the_message_names_both(finished: Path):
+    run = snakemake(finished, "results/records/ladder/a30/baseline.json")
+    assert run.returncode == 1
+    assert "hardware a30 is A30 (cuda, NVIDIA A30), and this device is" in run.stderr + run.stdout
+    assert hardware.cpu_name() in run.stderr + run.stdout
+    assert not (finished / "results/records/ladder/a30").exists() or not list(
+        (finished / "results/records/ladder/a30").iterdir()
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("media/gpt2_h10_throughput.png", "there is no hardware h10"),
+        ("results/records/ladder/cpu/tf32.json", "hardware cpu has no rung tf32"),
+    ],
+)
+def test_a_machine_or_rung_that_is_none_is_named(finished: Path, target: str, message: str):
+    run = snakemake(finished, "-n", target)
+    assert run.returncode == 1
+    assert message in run.stderr + run.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "rungs"),
+    [({"steps": 4}, 2), ({"rungs": ["baseline", "flash", "fused_loss"]}, 1), ({"title": "box"}, 0)],
+)
+def test_a_changed_hardware_file_measures_the_rungs_that_depend_on_it(finished: Path, change: dict, rungs: int):
+    try:
+        (finished / "box.yaml").write_text(yaml.safe_dump({**BOX, **change}))
+        run = snakemake(finished, "-n", "results/summary.csv")
+        lines = [line.split() for line in (run.stdout + run.stderr).splitlines() if line.startswith("bench_train ")]
+        assert [line[1] for line in lines] == ([str(rungs)] if rungs else [])
+    finally:
+        (finished / "box.yaml").write_text(yaml.safe_dump(BOX))
+
+
+def test_the_report_of_snakemake_has_every_artifact(finished: Path):
+    run = snakemake(finished, "--report", "report.html")
+    assert run.returncode == 0, run.stderr
+    page = (finished / "report.html").read_text()
+    for artifact in ARTIFACTS:
+        assert Path(artifact).name in page, artifact
+
+
+def test_records_of_an_older_version_are_refused_by_name(finished: Path, tmp_path: Path):
+    old = finished / "results/records/weights.json"
+    kept = old.read_text()
+    try:
+        old.write_text(json.dumps({**json.loads(kept), "schema_version": 0}))
+        run = snakemake(finished, "results/summary.csv", "--forcerun", "summary")
+        assert run.returncode == 1
+        assert "results/records/weights.json has schema version 0" in run.stderr + run.stdout
+    finally:
+        old.write_text(kept)
+    assert snakemake(finished).returncode == 0
 
 
 def test_a_second_run_does_nothing(finished: Path):
@@ -166,9 +241,10 @@ def test_a_second_run_does_nothing(finished: Path):
         ({"gpt2": {"sample_tokens": 20}}, {"sample_gpt2", "page"}),
         ({"gpt2": {"throughput_runs": 3}}, {"bench_sampling", "bench_sampling_streams", "summary", "page"}),
         ({"gpt2": {"prompts": ["my lord"]}}, {"evaluate", "summary", "page"}),
+        ({"ladder": {"set": ["model.n_layer=2", "model.n_embd=16", "model.n_head=2"]}}, {"bench_train", "throughput", "summary", "page"}),
         ({}, set()),
     ],
-    ids=["sample length", "training", "tokens", "gpt2 sample", "throughput", "prompts", "nothing"],
+    ids=["sample length", "training", "tokens", "gpt2 sample", "throughput", "prompts", "ladder", "nothing"],
 )  # fmt: skip
 def test_a_changed_value_runs_what_depends_on_it(finished: Path, corpus: Path, change: dict, expected: set[str]):
     configure(finished, corpus=str(corpus))

@@ -48,6 +48,7 @@ for command in (
     sample.export,
     bench.bench,
     report.report,
+    report.reference,
     about.hardware,
     about.schema,
 ):

@@ -12,9 +12,21 @@ from picogpt.errors import PicogptError
 @click.command()
 @click.option("--size", "only_size", is_flag=True, help="Print just cpu or gpu: which settings fit this machine.")
 @click.option("--gpus", "only_gpus", is_flag=True, help="Print just the number of NVIDIA GPUs.")
-def hardware(only_size: bool, only_gpus: bool) -> None:
-    """Show what is here: device, the dtype that is fast on it, cores, memory."""
+@click.option("--names", "only_names", is_flag=True, help="Print just which files of config/hardware/ fit, one a line.")
+@click.option(
+    "--draft", "only_draft", is_flag=True, help="Print a file for this machine, for config/hardware/NAME.yaml."
+)
+def hardware(only_size: bool, only_gpus: bool, only_names: bool, only_draft: bool) -> None:
+    """Show what is here: device, the dtype that is fast on it, cores, memory; and which hardware files fit it.
+
+    Where none fits, it prints a draft of one, filled in as far as it can be told.
+
+    \b
+      picogpt hardware
+      picogpt hardware --draft > config/hardware/mine.yaml
+    """
     from picogpt import hardware as machine
+    from picogpt import machines
 
     if only_size:
         click.echo(machine.size_of_machine())
@@ -22,11 +34,28 @@ def hardware(only_size: bool, only_gpus: bool) -> None:
     if only_gpus:
         click.echo(len(machine.nvidia_gpus()))
         return
+    if only_names:
+        click.echo("\n".join(machines.fitting()))
+        return
+    if only_draft:
+        click.echo(machines.draft(), nl=False)
+        return
     device = machine.select()
     click.echo(f"device   {device.name} ({device.torch_name})")
     click.echo(f"dtype    {device.dtype} for matrix products")
     click.echo(f"cores    {machine.cpu_count()}")
     click.echo(f"memory   {machine.memory_bytes() / 2**30:.1f} GiB")
+    gpus = machine.nvidia_gpus()
+    if gpus:
+        click.echo(f"GPUs     {len(gpus)}: {', '.join(sorted(set(gpus)))}")
+    fitting = machines.fitting()
+    if fitting:
+        click.echo(f"fits     {', '.join(fitting)} (config/hardware/)")
+    else:
+        click.echo(
+            f"fits     none of {', '.join(machines.names())} (config/hardware/); a draft:\n\n{machines.draft()}",
+            nl=False,
+        )
 
 
 @click.command()

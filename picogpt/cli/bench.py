@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
-from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, or_noted
+from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, or_noted, require_fitting, token_folder
 from picogpt.errors import UsageError
 
 
@@ -54,6 +55,61 @@ def sample(
     results = record["results"]
     listed = ", ".join(f"{rate:.2f}" for rate in results["tokens_per_second"])
     click.echo(f"{kind} {dtype}: {listed}; mean {results['mean']:.2f} tokens/s")
+
+
+@bench.command("train")
+@click.option("--hardware", "name", required=True, help="A machine of config/hardware/, or a YAML file of your own.")
+@click.option("--rung", required=True, help="How far up the ladder: baseline, tf32, bf16, compile, flash, ...")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of GPT-2 tokens. [default: newest in weights/]")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with the model. [default: GPT-2 124M]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of it; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the record.")
+def train(
+    name: str, rung: str, data: Path | None, config: Path | None, overrides: tuple[str, ...], out: Path | None
+) -> None:
+    """Measure one rung of the training ladder: a step of GPT-2 with all optimizations up to RUNG.
+
+    It refuses to run on another device than the hardware file names, so that no number stands under a wrong name.
+    `picogpt hardware` says which file fits this machine.
+
+    \b
+      picogpt bench train --hardware cpu --rung baseline
+      picogpt bench train --hardware h100 --rung max_autotune --out record.json
+      torchrun --standalone --nproc_per_node=2 -m picogpt bench train --hardware h100x2 --rung fused_loss
+    """
+    from picogpt import machines, records
+
+    machine = machines.load(name)
+    if rung not in machine.rungs:
+        raise UsageError(f"hardware {name} has no rung {rung!r}; it has {', '.join(machine.rungs)}")
+    from picogpt.config import GPT2Config, load_experiment, model_config_file
+
+    experiment = load_experiment(config or model_config_file("gpt2", "cpu"), overrides)
+    if not isinstance(experiment.model, GPT2Config):
+        raise UsageError(f"{config} describes a {experiment.model.kind}, and the ladder is one of gpt2")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would write lines of its own among ours
+    from picogpt.bench import ladder
+    from picogpt.data.tokens import open_data
+    from picogpt.train.distributed import joined
+
+    tokens = open_data(data or token_folder("gpt2"))
+    require_fitting("gpt2", tokens)
+    with joined(machine.kind) as world:
+        record = ladder.measure(machines.name_of(name), machine, rung, experiment.model, tokens, world)
+    if not world.first:
+        return
+    if out:
+        records.write(out, record)
+    results = record["results"]
+    if not results:
+        click.echo(f"{name} {rung}: not measured here: {record['not_measured']}")
+        return
+    click.echo(
+        f"{name} {rung}: {results['tokens_per_second']:,.0f} tokens/s, median step {results['median']:.4g} s"
+        f" ({results['fastest']:.4g} to {results['slowest']:.4g} of {len(results['step_seconds'])}),"
+        f" {results['peak_memory_bytes'] / 2**30:.2f} GiB, loss {results['final_loss']:.4f}"
+        + (f"; micro-batches of {results['micro_batch_size']}: memory ran out" if results["out_of_memory"] else "")
+    )
 
 
 @bench.command()

@@ -14,6 +14,7 @@ from picogpt.errors import PicogptError, Unreachable, UsageError
 
 if TYPE_CHECKING:
     from picogpt.data.tokenizers import Tokenizer
+    from picogpt.data.tokens import TokenData
     from picogpt.models.language_model import LanguageModel
 
 KINDS = ("char-bigram", "char-transformer", "gpt2")
@@ -67,6 +68,18 @@ def token_folder(kind: str) -> Path:
     """The newest folder of token files for a kind of model."""
     tokenizer = "gpt2" if kind == "gpt2" else "char"
     return newest(f"{tokenizer}_tokenizer/*/train.bin", f"picogpt tokenize {tokenizer} makes one").parent
+
+
+def require_fitting(kind: str, data: TokenData) -> None:
+    """Raises UsageError where the tokens are not those of the model."""
+    from picogpt.data import assets, bpe
+
+    header, path = data.train.header, data.train.path
+    of_gpt2 = header.tokenizer_sha256 == assets.find(bpe.RANKS).sha256
+    if of_gpt2 != (kind == "gpt2"):
+        held = "GPT-2's tokens" if of_gpt2 else f"tokens of another tokenizer ({header.vocab_size} of them)"
+        wanted = "gpt2" if kind == "gpt2" else "char"
+        raise UsageError(f"{path} holds {held}, and {kind} needs others: picogpt tokenize {wanted} makes them")
 
 
 def load_model(

@@ -8,6 +8,8 @@ import click
 
 from picogpt.errors import UsageError
 
+REFERENCE = "A record measured elsewhere, of results/reference/: shown, as such, where nothing was measured here."
+
 
 @click.group()
 def report() -> None:
@@ -25,13 +27,26 @@ def loss_curve(run_folder: Path, out: Path) -> None:
 
 
 @report.command()
-@click.argument("record_files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--hardware", "name", required=True, help="A machine of config/hardware/, or a YAML file of your own.")
+@click.argument("record_files", type=click.Path(path_type=Path), nargs=-1)
+@click.option("--reference", "references", type=click.Path(path_type=Path), multiple=True, help=REFERENCE)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def summary(record_files: tuple[Path, ...], out: Path) -> None:
+def throughput(name: str, record_files: tuple[Path, ...], references: tuple[Path, ...], out: Path) -> None:
+    """Draw the training ladder of a machine from the records of its rungs, beside the published values."""
+    from picogpt.report.throughput import draw_throughput
+
+    draw_throughput(name, record_files, references, out)
+
+
+@report.command()
+@click.argument("record_files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--reference", "references", type=click.Path(path_type=Path), multiple=True, help=REFERENCE)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def summary(record_files: tuple[Path, ...], references: tuple[Path, ...], out: Path) -> None:
     """Write the table of published and measured numbers."""
     from picogpt.report.tables import write_summary
 
-    write_summary(record_files, out)
+    write_summary(record_files, references, out)
 
 
 @report.command()
@@ -40,6 +55,8 @@ def summary(record_files: tuple[Path, ...], out: Path) -> None:
 @click.option("--record", "record_files", type=click.Path(path_type=Path), multiple=True)
 @click.option("--sample", "samples", multiple=True, metavar="NAME=FILE", help="A text that the template shows.")
 @click.option("--set", "values", multiple=True, metavar="NAME=VALUE", help="A value that the template uses.")
+@click.option("--hardware", multiple=True, help="A machine whose training ladder is shown; repeatable.")
+@click.option("--reference", "references", type=click.Path(path_type=Path), multiple=True, help=REFERENCE)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def page(
     template: Path,
@@ -47,12 +64,29 @@ def page(
     record_files: tuple[Path, ...],
     samples: tuple[str, ...],
     values: tuple[str, ...],
+    hardware: tuple[str, ...],
+    references: tuple[Path, ...],
     out: Path,
 ) -> None:
     """Fill in the template of the write-up."""
     from picogpt.report.page import write_page
 
-    write_page(template, summary_file, record_files, _pairs(samples, "--sample"), _pairs(values, "--set"), out)
+    texts, named = _pairs(samples, "--sample"), _pairs(values, "--set")
+    write_page(template, summary_file, record_files, texts, named, hardware, references, out)
+
+
+@click.command()
+@click.option("--run", default="pipeline", help="The run in weights/ whose records are kept.")
+def reference(run: str) -> None:
+    """Keep what was measured here as reference records: results/reference/DEVICE/ and media/reference/DEVICE/.
+
+    They are tracked: on machines without this device, figures and tables show them, and say so. Refused where the
+    records stand on another corpus than tinyshakespeare or on uncommitted changes.
+    """
+    from picogpt.reference import keep
+
+    for folder in keep(Path(), run):
+        click.echo(f"{folder}/: {len(list(folder.iterdir()))} files")
 
 
 def _pairs(arguments: tuple[str, ...], option: str) -> dict[str, str]:

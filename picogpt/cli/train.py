@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from picogpt.cli.common import KINDS, RUN_PATTERN, WEIGHTS, now, size_of, token_folder
+from picogpt.cli.common import KINDS, RUN_PATTERN, WEIGHTS, now, require_fitting, size_of, token_folder
 from picogpt.errors import UsageError
 from picogpt.files import read_text, write_text
-
-if TYPE_CHECKING:
-    from picogpt.data.tokens import TokenData
 
 
 class TrainCommand(click.Command):
@@ -66,6 +62,7 @@ class TrainCommand(click.Command):
     help="Short for --set train.init=: gpt2 from OpenAI's weights.",
 )
 @click.option("--device", help="Short for --set runtime.device=NAME: auto, cpu, cuda, cuda:N, mps.")
+@click.option("--hardware", help="A machine of config/hardware/: its batch, and refused on any other.")
 @click.option("--replace", is_flag=True, help="Start over where the folder holds a run of other settings or data.")
 def train(
     kind: str,
@@ -79,6 +76,7 @@ def train(
     steps: int | None,
     init: str | None,
     device: str | None,
+    hardware: str | None,
     replace: bool,
 ) -> None:
     """Train a model. Results go to weights/KIND/RUN/: best.pt, metrics.jsonl, record.json (gpt2: RUN/CORPUS/).
@@ -101,17 +99,26 @@ def train(
 
     short = {"train.seed": seed, "train.steps": steps, "train.init": init, "runtime.device": device}
     overrides += tuple(f"{key}={value}" for key, value in short.items() if value is not None)
+    machine = None
+    if hardware:
+        from picogpt import machines
+
+        machine = machines.load(hardware)
+        batch = ("train.batch_size", "train.micro_batch_size", "model.block_size")
+        overrides += tuple(f"{key}={getattr(machine, key.split('.')[1])}" for key in batch)
     experiment = load_experiment(config or model_config_file(kind, size_of(size)), overrides)
     if experiment.model.kind != kind:
         raise UsageError(f"{config} describes a {experiment.model.kind}, not a {kind}")
     token_data = open_data(data or token_folder(kind))
-    _require_fitting(kind, token_data)
+    require_fitting(kind, token_data)
 
     from picogpt.train.loop import Trainer
 
     with joined(experiment.runtime.device) as world:
         place = folder or world.from_first(lambda: _folder(kind, run, token_data.train.header.corpus))
-        trainer = Trainer(experiment, token_data, place, world)
+        trainer = Trainer(experiment, token_data, place, world, machines.name_of(hardware) if hardware else None)
+        if hardware and machine:
+            machines.require(hardware, machine, trainer.device, world.size)
         record = trainer.run(replace)
     if not world.first:
         return
@@ -122,18 +129,6 @@ def train(
         f"{place}/best.pt: validation loss {results['best_val_loss']:.6f} at epoch {results['best_epoch']:.2f}"
         f" (step {results['best_step']} of {results['steps']}), {results['train_seconds']:.0f} s of training"
     )
-
-
-def _require_fitting(kind: str, data: TokenData) -> None:
-    """Raises UsageError where the tokens are not those of the model."""
-    from picogpt.data import assets, bpe
-
-    header, path = data.train.header, data.train.path
-    of_gpt2 = header.tokenizer_sha256 == assets.find(bpe.RANKS).sha256
-    if of_gpt2 != (kind == "gpt2"):
-        held = "GPT-2's tokens" if of_gpt2 else f"tokens of another tokenizer ({header.vocab_size} of them)"
-        wanted = "gpt2" if kind == "gpt2" else "char"
-        raise UsageError(f"{path} holds {held}, and {kind} needs others: picogpt tokenize {wanted} makes them")
 
 
 def _folder(kind: str, run: str | None, corpus: str) -> Path:

@@ -76,9 +76,16 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         figure.suptitle(_title(record), x=0.012, ha="left", fontweight="bold")
         figure.text(0.012, 0.018, _caption(record), fontsize=8, color=GREY)
         figure.tight_layout(rect=(0, 0.17, 1, 1))
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=144)
-        plt.close(figure)
+        save(figure, out)
+
+
+def save(figure: Any, out: Path) -> None:
+    """Write a figure as PNG, in one piece, and free it."""
+    import matplotlib.pyplot as plt
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=144)
+    plt.close(figure)
     with atomic_write(out) as file:
         file.write(picture.getvalue())
 
@@ -127,7 +134,7 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def _unit(record: dict[str, Any]) -> str:
-    return "token" if record["kind"] == "train gpt2" else "character"
+    return "token" if record["kind"].startswith("train gpt2") else "character"
 
 
 def _caption(record: dict[str, Any]) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
+from picogpt import machines
 from picogpt.errors import PicogptError
 from picogpt.files import read_text, write_text
-from picogpt.report.tables import read_records, read_summary
+from picogpt.report import ladder
+from picogpt.report.tables import read_records, read_references, read_summary
 
 
 def write_page(
@@ -19,11 +21,15 @@ def write_page(
     record_files: Iterable[Path],
     samples: Mapping[str, str],
     values: Mapping[str, str],
+    hardware: Iterable[str],
+    reference_files: Iterable[Path],
     out: Path,
 ) -> None:
     """Fill in the Markdown template.
 
-    It sees `sections` (rows of the summary by section), `records` (by kind), `samples` (texts by name) and the `values`.
+    It sees `sections` (rows of the summary by section), `records` (by kind), `samples` (texts by name), the `values`,
+    and `ladders`: for each machine of `hardware`, its settings and its records, those of a reference where there are
+    none from here.
 
     Raises PicogptError when the template asks for something that is not there.
     """
@@ -32,10 +38,18 @@ def write_page(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["excerpt"] = lambda text, length: text if len(text) <= length else text[:length] + " …"
+    by_kind, references = read_records(record_files), read_references(reference_files)
+    ladders = []
+    for argument in hardware:
+        name = machines.name_of(argument)
+        here = ladder.of(name, by_kind)
+        rungs = here or ladder.of(name, references)
+        ladders.append({"name": name, "machine": machines.load(argument), "rungs": rungs, "here": bool(here)})
     try:
         page = environment.from_string(read_text(template)).render(
             sections={name: list(group) for name, group in groupby(rows, key=lambda row: row["section"])},
-            records=read_records(record_files),
+            records=by_kind,
+            ladders=ladders,
             samples={name: read_text(path) for name, path in samples.items()},
             **values,
         )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from picogpt import machines
 from picogpt.config import Settings, config_folder, parse, read_yaml
 from picogpt.data.assets import find
 
@@ -51,8 +52,11 @@ def published(record: str) -> dict[str, float]:
     return {number.key: number.published for number in numbers() if number.record == record and number.published}
 
 
-def compare(number: Number, record: dict[str, Any] | None) -> dict[str, Any]:
-    """One row of `results/summary.csv`. `record` is None where nothing measured the number here."""
+def compare(number: Number, record: dict[str, Any] | None, reference: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One row of `results/summary.csv`. `record` is None where nothing measured the number here.
+
+    Then the number of a reference record, measured elsewhere, stands in its place, and the row says so.
+    """
     measured = record["results"].get(number.key) if record else None
     row = {
         "section": number.section,
@@ -63,8 +67,13 @@ def compare(number: Number, record: dict[str, Any] | None) -> dict[str, Any]:
         "device": record["device"]["name"] if record and measured is not None else None,
     }
     if record is None or measured is None:
-        reason = (record or {}).get("not_measured") or f"no record of {number.record} has it"
-        return {**row, "status": "not measured here", "note": reason}
+        reason = (record or {}).get("not_measured") or _needs(number) or f"no record of {number.record} has it"
+        row = {**row, "status": "not measured here", "note": reason}
+        known = reference["results"].get(number.key) if reference else None
+        if reference and known is not None and number.device in (None, reference["device"]["name"]):
+            name, day = reference["device"]["name"], reference["created"][:10]
+            row |= {"measured": known, "device": name, "note": f"{reason}; the number is a reference record of {day}"}
+        return row
     if number.on_corpus and not on_published_corpus(record):
         corpus = record["corpus"]["name"]
         return {**row, "status": "not comparable", "note": f"measured on {corpus}, published for {CORPUS}, split 90/10"}
@@ -81,3 +90,9 @@ def compare(number: Number, record: dict[str, Any] | None) -> dict[str, Any]:
     if number.better and (difference < 0) == (number.better == "lower"):
         return {**row, "status": "better", "note": number.note}
     return {**row, "status": "differs", "note": number.note}
+
+
+def _needs(number: Number) -> str | None:
+    """Why a number of one machine is missing on others; None for numbers that every machine has."""
+    name = next((name for name in machines.names() if name in number.record.split(" ")), None)
+    return f"needs {machines.load(name).title}" if name else None

@@ -24,7 +24,7 @@ from picogpt import hardware, models, records
 from picogpt.config import CharBigramConfig, Experiment, ModelConfig
 from picogpt.data.sampler import Sampler
 from picogpt.data.tokens import TokenData
-from picogpt.errors import Interrupted, PicogptError, UsageError
+from picogpt.errors import Interrupted, PicogptError, UsageError, is_compile_error, is_out_of_memory
 from picogpt.models.bigram import closed_form_loss
 from picogpt.progress import Training
 from picogpt.train import checkpoint
@@ -70,8 +70,16 @@ class Trainer:
     loss is not finite, or a file cannot be written; Interrupted when a signal stopped it, with everything saved.
     """
 
-    def __init__(self, experiment: Experiment, data: TokenData, folder: str | Path, world: World | None = None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: TokenData,
+        folder: str | Path,
+        world: World | None = None,
+        machine: str | None = None,
+    ):
         self.experiment, self.data, self.world = experiment, data, world or World()
+        self.machine = machine  # of the write-up, for the record
         self.config, self.runtime = experiment.train, experiment.runtime
         self.folder = RunFolder(folder, experiment.fingerprint(data.vocab_size, data.train.header.data_sha256))
         self.device = hardware.select(self.world.device(self.runtime.device), self.config.dtype)
@@ -223,14 +231,14 @@ class Trainer:
                 with autocast(self.device):
                     loss = self.forward(x, y) / micro_batches
                 loss.backward()
-        except torch.OutOfMemoryError as error:
-            raise PicogptError(
-                f"{self.device.name} has too little memory for {self.micro_batch_size} sequences at once:"
-                f" --set train.micro_batch_size={max(1, self.micro_batch_size // 2)} trains the same with less"
-            ) from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise PicogptError(
+                    f"{self.device.name} has too little memory for {self.micro_batch_size} sequences at once:"
+                    f" --set train.micro_batch_size={max(1, self.micro_batch_size // 2)} trains the same with less"
+                ) from error
             # Compilation happens at the first call, and fails where there is no working C++ compiler.
-            if not self.compiled or self.runtime.compile == "on" or not _is_compile_error(error):
+            if not self.compiled or self.runtime.compile == "on" or not is_compile_error(error):
                 raise
             warnings.warn(f"torch.compile does not work here, going on without it: {_first_line(error)}", stacklevel=2)
             self.compiled = False
@@ -362,7 +370,7 @@ class Trainer:
             )
         return {
             **records.provenance(self.device),
-            "kind": f"train {model.kind}",
+            "kind": f"train {model.kind}" + (f" {self.machine}" if self.machine else ""),
             "fingerprint": self.folder.fingerprint,
             "corpus": self.data.corpus(),
             "config": self.experiment.model_dump(mode="json"),
@@ -440,10 +448,6 @@ def _stop_on_signals() -> Iterator[list[int]]:
     finally:
         for signal_number, handler in previous.items():
             signal.signal(signal_number, handler)
-
-
-def _is_compile_error(error: Exception) -> bool:
-    return type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
 
 
 def _first_line(error: Exception) -> str:

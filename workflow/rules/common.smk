@@ -83,6 +83,11 @@ def machine_size():
     return picogpt("hardware", "--size")
 
 
+def launch(ranks):
+    """How a command that trains is started: one process for each of several devices."""
+    return f"torchrun --standalone --nproc_per_node={ranks} -m picogpt" if ranks > 1 else "picogpt"
+
+
 def settings_file(model):
     """The YAML file of a model's settings, as seen from the working directory."""
     if config[model]["config"] != "auto":
@@ -92,8 +97,13 @@ def settings_file(model):
 
 
 def settings(model):
-    """What decides the result of a training, as text: the file without its comments and without `runtime`."""
-    tree = yaml.safe_load(Path(settings_file(model)).read_text())
+    """What decides the result of a model's training, as text."""
+    return deciding(settings_file(model))
+
+
+def deciding(path):
+    """The settings of a file that decide a result, as text: without its comments and without `runtime`."""
+    tree = yaml.safe_load(Path(path).read_text())
     return json.dumps({key: value for key, value in tree.items() if key != "runtime"}, sort_keys=True)
 
 
@@ -104,7 +114,7 @@ GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
 GPUS = int(picogpt("hardware", "--gpus")) if SIZE == "gpu" else 0
 BATCH = json.loads(settings("gpt2"))["train"]["batch_size"]
 RANKS = max((ranks for ranks in range(1, GPUS + 1) if BATCH % ranks == 0), default=1)
-LAUNCH = f"torchrun --standalone --nproc_per_node={RANKS} -m picogpt" if RANKS > 1 else "picogpt"
+PUBLISHED = Path(workflow.basedir, "../config/published.yaml")
 
 
 def gpt2_weights(kind):

@@ -9,10 +9,10 @@ localrules:
     page,
 
 
-PUBLISHED = Path(workflow.basedir, "../config/published.yaml")
 RECORDS = [
     *expand(f"weights/{{model}}/{RUN}/record.json", model=MODELS),
     f"{GPT2}/record.json",
+    *expand(f"weights/gpt2/{RUN}/fineweb-edu_{{hardware}}/record.json", hardware=DISTRIBUTED),
     *expand(
         "results/records/{measured}_{gpt2}_{dtype}.json",
         measured=["evaluate", "sampling"],
@@ -21,7 +21,9 @@ RECORDS = [
     ),
     "results/records/sampling_gpt2_bfloat16_streams.json",
     "results/records/weights.json",
+    *(path for name in MEASURED for path in ladder_records(name)),
 ]
+REFERENCES = sorted(map(str, REFERENCE.glob("*/*.json")))
 SAMPLES = {
     f"{model}_{stage}": f"results/samples/{model}_{stage}.txt" for model in MODELS for stage in ("untrained", "trained")
 }
@@ -73,6 +75,7 @@ rule summary:
     """Put each published number beside the measured one, and say whether it was reproduced and why not."""
     input:
         records=RECORDS,
+        references=REFERENCES,
         published=PUBLISHED,
     output:
         report(
@@ -88,8 +91,10 @@ rule summary:
     resources:
         runtime=5,
         mem_mb=500,
+    params:
+        references=[f"--reference={path}" for path in REFERENCES],
     shell:
-        "picogpt report summary {input.records:q}" " --out {output:q}" " > {log:q} 2>&1"
+        "picogpt report summary {input.records:q}" " {params.references:q}" " --out {output:q}" " > {log:q} 2>&1"
 
 
 rule page:
@@ -98,7 +103,12 @@ rule page:
         summary="results/summary.csv",
         records=RECORDS,
         samples=SAMPLES.values(),
-        figures=expand("media/{model}_loss.png", model=[*MODELS, f"gpt2_{CORPUS}"]),
+        references=REFERENCES,
+        figures=[
+            *expand("media/{model}_loss.png", model=[*MODELS, f"gpt2_{CORPUS}"]),
+            *expand("media/gpt2_{hardware}_throughput.png", hardware=HARDWARE),
+            *expand("media/gpt2_{hardware}_loss.png", hardware=DISTRIBUTED),
+        ],
         texts=["media/char_transformer_sample.txt", f"media/gpt2_{CORPUS}_sample.txt"],
         template=Path(workflow.basedir, "report/report.md.j2"),
     output:
@@ -114,6 +124,8 @@ rule page:
         gpt2_media=f"gpt2_{CORPUS}",
         first_dtype=config["gpt2"]["dtypes"][0],
         records=expand("--record={record}", record=RECORDS),
+        references=[f"--reference={path}" for path in REFERENCES],
+        hardware=[f"--hardware={machine_argument(name)}" for name in HARDWARE],
         samples=expand(
             "--sample={pair}",
             pair=[f"{name}={path}" for name, path in SAMPLES.items()] + [f"gpt2=media/gpt2_{CORPUS}_sample.txt"],
@@ -123,6 +135,8 @@ rule page:
         " --template {input.template:q}"
         " --summary {input.summary:q}"
         " {params.records:q}"
+        " {params.references:q}"
+        " {params.hardware:q}"
         " {params.samples:q}"
         " --set gpt2_media={params.gpt2_media:q}"
         " --set first_dtype={params.first_dtype}"

@@ -69,7 +69,7 @@ rule train_gpt2:
         settings=settings("gpt2"),
         overrides=[f"--set={pair}" for pair in config["gpt2"]["set"]],
     shell:
-        f"{LAUNCH} train gpt2"
+        f"{launch(RANKS)} train gpt2"
         " --data {params.tokens:q}"
         " --folder {params.folder:q}"
         " --config {params.config_file:q}"

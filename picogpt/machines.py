@@ -1,0 +1,105 @@
+"""The machines of the write-up, one file of `config/hardware/` each: which there are, and which of them is this one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+import yaml
+
+from picogpt import hardware
+from picogpt.config import RUNGS, MachineConfig, config_folder, parse, read_yaml
+from picogpt.errors import UsageError
+
+
+def names() -> list[str]:
+    """Names of the shipped files, in order."""
+    return sorted(path.stem for path in (config_folder() / "hardware").glob("*.yaml"))
+
+
+def load(name: str) -> MachineConfig:
+    """A machine by the name of its file, or by the path of one of your own.
+
+    Raises UsageError when there is none of this name, or when the file is wrong.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in names():
+            close = difflib.get_close_matches(name, names(), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UsageError(
+                f"there is no hardware {name!r}{hint}: {', '.join(names())} are in config/hardware/;"
+                " picogpt hardware prints a draft for this machine"
+            )
+        path = config_folder() / "hardware" / f"{name}.yaml"
+    return parse(MachineConfig, read_yaml(path), str(path))
+
+
+def name_of(name: str) -> str:
+    """The name of a machine for records and files: of `load`'s argument, without folder and suffix."""
+    return Path(name).stem if Path(name).suffix in (".yaml", ".yml") else name
+
+
+def here() -> tuple[str, list[str]]:
+    """(kind, device names) of what would be trained on here, without torch: the GPUs, or else the CPU."""
+    gpus = hardware.nvidia_gpus()
+    return ("cuda", list(gpus)) if gpus else ("cpu", [hardware.cpu_name()])
+
+
+def fitting() -> list[str]:
+    """Names of the shipped machines that this one can measure: same device, and enough of them in one machine."""
+    kind, devices = here()
+    machines = {name: load(name) for name in names()}
+    return [
+        name
+        for name, machine in machines.items()
+        if machine.kind == kind
+        and machine.nodes == 1
+        and machine.ranks <= len(devices)
+        and all(re.fullmatch(machine.device, device) for device in devices[: machine.ranks])
+    ]
+
+
+def require(name: str, machine: MachineConfig, device: hardware.Device, world_size: int) -> None:
+    """Raises UsageError, naming both devices, when a benchmark for `machine` was asked for on another one."""
+    if device.kind != machine.kind or not re.fullmatch(machine.device, device.name):
+        fits = ", ".join(fitting()) or "none; picogpt hardware prints a draft"
+        raise UsageError(
+            f"hardware {name} is {machine.title} ({machine.kind}, {machine.device}), and this device is {device.name}"
+            f" ({device.kind}): its numbers would stand under a wrong name. Hardware that fits here: {fits}"
+        )
+    if world_size != machine.world_size:
+        launch = (
+            f"torchrun --standalone --nproc_per_node={machine.ranks} -m picogpt" if machine.ranks > 1 else "picogpt"
+        )
+        raise UsageError(
+            f"hardware {name} has {machine.world_size} ranks and {world_size} started: run it by {launch} ..."
+            + (f" on each of {machine.nodes} nodes" if machine.nodes > 1 else "")
+        )
+
+
+def draft() -> str:
+    """A file for this machine, filled in as far as it can be told, as YAML with comments."""
+    kind, devices = here()
+    rungs = [
+        rung
+        for rung in RUNGS
+        if rung not in (("tf32", "cuda_graphs", "max_autotune") if kind == "cpu" else ("kept_memory",))
+    ]
+    tree = {
+        "title": re.sub(r"^NVIDIA (GeForce )?", "", devices[0]),
+        "device": re.escape(devices[0]).replace(r"\ ", " ").replace(r"\-", "-"),
+        "kind": kind,
+        "ranks": len(devices) if kind == "cuda" else 1,
+        "batch_size": 2 if kind == "cpu" else 8 * len(devices),
+        "micro_batch_size": 2 if kind == "cpu" else 8,
+        "warmup_steps": 1 if kind == "cpu" else 5,
+        "steps": 5 if kind == "cpu" else 20,
+        "rungs": rungs,
+    }
+    comment = (
+        f"# A draft for {len(devices)} x {devices[0]}: save it as config/hardware/NAME.yaml, and raise micro_batch_size"
+        " as far as the memory allows.\n"
+    )
+    return comment + yaml.safe_dump(tree, sort_keys=False, width=120)

@@ -1,0 +1,107 @@
+"""Reference records: complete runs on one device, tracked in `results/reference/DEVICE/`, pictures in `media/reference/DEVICE/`.
+
+`SHA256SUMS` beside them tells an edited file; `sha256sum -c` reads it too.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from picogpt import records
+from picogpt.data import assets
+from picogpt.errors import PicogptError
+from picogpt.files import read_text, sha256_file, write_text
+
+SUMS = "SHA256SUMS"
+CORPUS = "tinyshakespeare"
+RECORDS = ("results/records/**/*.json", "weights/*/{run}/record.json", "weights/gpt2/{run}/*/record.json")
+PAGES = ("results/summary.csv", "results/report.md")
+PICTURES = ("media/*.png", "media/*.txt")
+
+
+def keep(root: Path, run: str) -> tuple[Path, Path]:
+    """Copy what the pipeline measured in `root`, its records, pages and pictures, to the reference folders there.
+
+    Only of the run folder called `run`, and without what could not be measured. A copy of the same device is replaced.
+    Returns both folders.
+
+    Raises PicogptError when there is nothing, when a record was measured with uncommitted changes, at no commit, or on
+    another corpus than the published numbers, or when the records are of several devices.
+    """
+    commit, dirty = records.commit()
+    if commit is None or dirty:
+        state = "is no git checkout" if commit is None else "has uncommitted changes"
+        raise PicogptError(f"the source of picogpt {state}: reference records must say which code made them")
+    paths = [path for pattern in RECORDS for path in sorted(root.glob(pattern.format(run=run)))]
+    found = {path: record for path in paths if "not_measured" not in (record := records.read(path))}
+    if not found:
+        raise PicogptError(f"{root.resolve()} has no records of the run {run!r}: make report makes them")
+    for path, record in found.items():
+        _require_good(path, record)
+    trained = [record["device"] for record in found.values() if record["kind"].startswith(("train ", "ladder "))]
+    names = {device["name"] for device in trained}
+    if len(names) != 1:
+        raise PicogptError(
+            f"records of one device make a reference, and these are of {', '.join(sorted(names)) or 'none'}"
+        )
+    device = slug(trained[0])
+    folders = root / "results/reference" / device, root / "media/reference" / device
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for path, record in found.items():
+        shutil.copyfile(path, folders[0] / f"{record['kind'].replace(' ', '_')}.json")
+    for pattern in PICTURES:
+        for path in sorted(root.glob(pattern)):
+            shutil.copyfile(path, folders[1] / path.name)
+    for page in PAGES:
+        path = root / page
+        if path.exists():
+            write_text(
+                folders[0] / path.name, read_text(path).replace("](../media/", f"](../../../media/reference/{device}/")
+            )
+    _sum_up(folders[0])
+    return folders
+
+
+def check(folder: Path) -> None:
+    """Raises PicogptError naming the file in `folder` that was changed, added or lost since it was kept."""
+    sums = folder / SUMS
+    lines = read_text(sums).splitlines() if sums.exists() else []
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for path in sorted(folder.glob("*.json")):
+        if path.name not in expected:
+            raise PicogptError(f"{path} is not in {sums}: make reference writes both")
+        actual = sha256_file(path)
+        if actual != expected[path.name]:
+            raise PicogptError(
+                f"{path} was edited: its sha256 is {actual}, {sums} has {expected[path.name]}. Restore it (git checkout),"
+                " or measure again (make report, make reference)"
+            )
+    for name in expected:
+        if not (folder / name).exists():
+            raise PicogptError(f"{folder / name} is in {sums} and is not there: git checkout restores it")
+
+
+def slug(device: dict[str, Any]) -> str:
+    """The name of a device as a folder: nvidia_h100_80gb_hbm3; of a CPU with its cores, amd_epyc_2_cores."""
+    name = device["name"] + (f" {device['cores']} cores" if device["kind"] == "cpu" else "")
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _require_good(path: Path, record: dict[str, Any]) -> None:
+    if not record["commit"] or record["dirty"]:
+        state = "with uncommitted changes" if record["commit"] else "at no commit"
+        raise PicogptError(f"{path} was measured {state}: measure it again from a clean checkout")
+    corpus = record["corpus"]
+    if corpus and corpus["text_sha256"] != assets.find(CORPUS).sha256:
+        raise PicogptError(f"{path} was measured on {corpus['name']}: reference records stand on {CORPUS}")
+
+
+def _sum_up(folder: Path) -> None:
+    files: Iterable[Path] = sorted(folder.iterdir())
+    write_text(folder / SUMS, "".join(f"{sha256_file(path)}  {path.name}\n" for path in files))

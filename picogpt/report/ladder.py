@@ -1,0 +1,42 @@
+"""The records of a training ladder, put together: each rung beside the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LOSS_TOLERANCE = 0.05
+"""Nats by which the last loss of a rung may differ from the baseline's: the same training, rounded otherwise."""
+
+
+def kind(hardware: str, rung: str) -> str:
+    """The kind of the record of a rung."""
+    return f"ladder {hardware} {rung}"
+
+
+def machine_of(kind: str) -> str | None:
+    """The machine in the kind of a record of a rung; None for other records."""
+    words = kind.split(" ")
+    return words[1] if words[0] == "ladder" else None
+
+
+def of(hardware: str, by_kind: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The records of one machine by rung."""
+    prefix = kind(hardware, "")
+    return {name.removeprefix(prefix): record for name, record in by_kind.items() if name.startswith(prefix)}
+
+
+def compare_with_baselines(by_kind: Mapping[str, dict[str, Any]]) -> None:
+    """Add to the results of each rung, in place, what only shows beside the baseline of its machine.
+
+    speedup: tokens/s over the baseline's. loss_difference: last loss less the baseline's, nats.
+    """
+    for name, record in by_kind.items():
+        machine = machine_of(name)
+        if machine is None:
+            continue
+        baseline = by_kind.get(kind(machine, "baseline"), {}).get("results")
+        if baseline and record["results"]:
+            results = record["results"]
+            results["speedup"] = results["tokens_per_second"] / baseline["tokens_per_second"]
+            results["loss_difference"] = results["final_loss"] - baseline["final_loss"]

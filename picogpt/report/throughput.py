@@ -1,0 +1,161 @@
+"""The figure of a training ladder: what each rung brought on one machine, beside the published marks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from picogpt import machines
+from picogpt.config import MachineConfig
+from picogpt.report import ladder
+from picogpt.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION, save
+from picogpt.report.published import published
+from picogpt.report.tables import read_records, read_references
+
+GPT2_124M = 124_439_808
+LABELS = {
+    "baseline": "baseline: float32, AdamW",
+    "tf32": "+ TF32",
+    "bf16": "+ bfloat16 autocast",
+    "compile": "+ torch.compile",
+    "flash": "+ flash attention",
+    "padded_vocab": "+ padded vocabulary",
+    "fused_adamw": "+ fused AdamW, decay groups",
+    "fused_loss": "+ head and loss in one",
+    "best_attention": "+ best attention here",
+    "kept_memory": "+ memory kept",
+    "cuda_graphs": "+ CUDA graphs",
+    "max_autotune": "+ max-autotune",
+}
+
+
+def draw_throughput(name: str, record_files: Iterable[Path], reference_files: Iterable[Path], out: Path) -> None:
+    """Bars of speed-up over the baseline, rung by rung, with tokens/s; published values as diamonds.
+
+    Where `record_files` have none of this machine, the reference records are drawn, in another colour and named as such;
+    where there are none either, the published marks alone. Nothing else ever stands under the name of a machine.
+    """
+    machine, name = machines.load(name), machines.name_of(name)
+    here = ladder.of(name, read_records(record_files))
+    measured = here or ladder.of(name, read_references(reference_files))
+    marks = {rung: published(ladder.kind(name, rung)).get("speedup") for rung in machine.rungs}
+    target = published(f"train gpt2 {name}").get("tokens_per_second")
+
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    height = 1.9 + 0.42 * len(machine.rungs)  # inches
+    bars = {rung: record["results"] for rung, record in measured.items() if record["results"]}
+    longest = max([1.0, *(mark for mark in marks.values() if mark), *(bar["speedup"] for bar in bars.values())])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(10.5, height))
+        for place, rung in enumerate(machine.rungs):
+            end = 0.0
+            if rung in bars:
+                end = _draw_bar(axes, place, bars[rung], BLUE if here else GREEN)
+            elif measured:
+                axes.text(0.02, place, _reason(measured.get(rung)), va="center", fontsize=9, color=GREY, style="italic")
+            mark = marks[rung]
+            if mark:
+                axes.plot(
+                    mark, place, marker="D", markersize=8, color=VERMILION, markeredgecolor="white", linestyle="none",
+                    zorder=5,
+                )  # fmt: skip
+            words = _amount(bars[rung], machine) if rung in bars else f"{mark:g}x" if mark else ""
+            axes.text(max(end, mark or 0) + 0.015 * longest, place, words, va="center", fontsize=9.5)
+        if target and bars:
+            place = target / bars["baseline"]["tokens_per_second"]
+            axes.axvline(place, color=VERMILION, linestyle=(0, (4, 2)), linewidth=1.4)
+        axes.set_yticks(range(len(machine.rungs)), [LABELS[rung] for rung in machine.rungs])
+        axes.set_ylim(len(machine.rungs) - 0.4, -0.6)
+        axes.set_xlim(0, longest * 1.42)
+        axes.set_xlabel("speed-up over the baseline")
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        if not bars:
+            _say_so(axes, machine, any(marks.values()), target)
+        title = _title(machine, next((bar["parameters"] for bar in bars.values()), GPT2_124M))
+        figure.text(0.012, 1 - 0.12 / height, title, fontsize=13, va="top", fontweight="bold")
+        subtitle = _subtitle(bool(here), bool(bars), machine, any(marks.values()), target)
+        figure.text(0.012, 1 - 0.42 / height, subtitle, fontsize=9.5, color=GREY, va="top")
+        figure.text(0.012, 0.1 / height, _caption(measured, list(bars.values())), fontsize=8, color=GREY, va="bottom")
+        figure.tight_layout(rect=(0, 0.42 / height, 1, 1 - 0.6 / height))
+        save(figure, out)
+
+
+def _draw_bar(axes: Any, place: int, results: dict[str, Any], colour: str) -> float:
+    """A bar with the spread of its steps; returns where it ends."""
+    speedup, median = results["speedup"], results["median"]
+    slowest, fastest = speedup * median / results["slowest"], speedup * median / results["fastest"]
+    axes.barh(place, speedup, height=0.62, color=colour, edgecolor="white", hatch="//" if colour == GREEN else None)
+    spread = [[speedup - slowest], [fastest - speedup]]
+    axes.errorbar(speedup, place, xerr=spread, color="#222222", elinewidth=1.1, capsize=2.5)
+    return fastest
+
+
+def _say_so(axes: Any, machine: MachineConfig, marks: bool, target: float | None) -> None:
+    """Write into the picture that nothing in it was measured."""
+    words = f"Not measured: no {machine.title} is in this machine."
+    if marks:
+        words += "\nThe diamonds are the published values."
+    elif target:
+        words += f"\nPublished: {target:,.0f} tokens/s."
+    else:
+        words += "\nNobody publishes these numbers."
+    # Published speed-ups grow from top to bottom: the upper right corner is free.
+    x, y, at = (0.98, 0.95, "right") if marks else (0.5, 0.6, "center")
+    axes.text(
+        x, y, words, transform=axes.transAxes, ha=at, va="top", fontsize=11.5, color="#444444",
+        bbox={"facecolor": "white", "edgecolor": "#d0d0d0", "boxstyle": "round,pad=0.6"},
+    )  # fmt: skip
+
+
+def _title(machine: MachineConfig, parameters: int) -> str:
+    size = f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"of {parameters:,} parameters"
+    return f"Training GPT-2 {size} on {machine.title}: B={machine.batch_size}, T={machine.block_size}"
+
+
+def _subtitle(here: bool, bars: bool, machine: MachineConfig, marks: bool, target: float | None) -> str:
+    if not bars:
+        return f"no {machine.title} in this machine, and no reference records" + (
+            ": published values alone" if marks else ""
+        )
+    whose = "measured in this run" if here else "reference records, not measured in this run"
+    parts = [f"bars: {whose}, each rung with all above it; lines: fastest and slowest step"]
+    if marks:
+        parts.append("diamonds: published")
+    if target:
+        parts.append(f"dashed: published, {target:,.0f} tokens/s")
+    return "; ".join(parts)
+
+
+def _amount(results: dict[str, Any], machine: MachineConfig) -> str:
+    parts = [f"{results['speedup']:.2f}x", f"{results['tokens_per_second']:,.0f} tok/s"]
+    if results["mfu"]:
+        parts.append(f"{100 * results['mfu']:.0f}% of peak")
+    if results["out_of_memory"]:
+        parts.append(f"out of memory: micro-batches of {results['micro_batch_size']}")
+    return "  ".join(parts)
+
+
+def _reason(record: dict[str, Any] | None) -> str:
+    return f"not measured: {record['not_measured']}" if record else "not measured"
+
+
+def _caption(measured: dict[str, Any], bars: list[dict[str, Any]]) -> str:
+    if not bars:
+        return "published: the write-up of which this is a reproduction; config/published.yaml has its numbers"
+    record = next(record for record in measured.values() if record["results"])
+    device, software = record["device"], record["software"]
+    differences = [abs(results["loss_difference"]) for results in bars]
+    within = "all within" if max(differences) <= ladder.LOSS_TOLERANCE else "NOT all within"
+    machine = f"{device['name']}, {device['cores']} cores" if device["kind"] == "cpu" else device["name"]
+    driver = f", driver {device['driver']}" if device["driver"] else ""
+    return (
+        f"{machine}{driver}; torch {software['torch']}; commit {(record['commit'] or 'unknown')[:12]}; {record['created'][:10]};"
+        f" medians of {len(bars[0]['step_seconds'])} steps.\nLosses differ from the baseline's by at most {max(differences):.4f} nats,"
+        f" {within} {ladder.LOSS_TOLERANCE}; highest memory {max(results['peak_memory_bytes'] for results in bars) / 2**30:.1f} GiB"
+    )

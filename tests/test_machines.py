@@ -1,0 +1,100 @@
+"""The machines of the write-up, and which of them this one is."""
+
+import pytest
+
+from picogpt import hardware, machines
+from picogpt.config import MachineConfig, parse
+from picogpt.errors import UsageError
+
+TREE = {
+    "title": "box", "device": "box .*", "kind": "cpu", "batch_size": 2, "micro_batch_size": 1, "warmup_steps": 1,
+    "steps": 3, "rungs": ["baseline", "flash"],
+}  # fmt: skip
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(hardware, "nvidia_gpus", lambda: names)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        ((), ["cpu"]),
+        (("NVIDIA A30",), ["a30"]),
+        (("NVIDIA GeForce RTX 3070 Laptop GPU",), ["rtx_3070"]),
+        (("NVIDIA GeForce RTX 3070",), []),  # the desktop card is another device
+        (("NVIDIA H100 80GB HBM3",), ["h100"]),
+        (("NVIDIA H100 80GB HBM3",) * 8, ["h100", "h100x2"]),
+        (("NVIDIA H100 80GB HBM3", "NVIDIA A30"), ["h100"]),
+        (("NVIDIA H200",), []),
+    ],
+)
+def test_a_machine_fits_by_the_names_and_number_of_its_devices(monkeypatch, devices, expected):
+    gpus(monkeypatch, *devices)
+    assert machines.fitting() == expected
+
+
+def test_every_shipped_file_is_right_and_is_what_the_write_up_says():
+    shipped = {name: machines.load(name) for name in machines.names()}
+    assert {name: (m.batch_size, m.micro_batch_size, m.world_size, m.block_size) for name, m in shipped.items()} == {
+        "a30": (8, 8, 1, 1024),
+        "cpu": (2, 2, 1, 1024),
+        "h100": (32, 32, 1, 1024),
+        "h100x2": (512, 64, 2, 1024),
+        "rtx_3070": (2, 2, 1, 1024),
+    }
+
+
+def test_a_name_that_is_none_says_which_there_are():
+    with pytest.raises(UsageError, match=r"no hardware 'h10'.*did you mean h100\?.*a30, cpu, h100"):
+        machines.load("h10")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rungs": ["flash"]}, "begin with baseline"),
+        ({"rungs": ["baseline", "flash", "bf16"]}, "keep this order"),
+        ({"rungs": ["baseline", "warp"]}, "rungs"),
+        ({"batch_size": 3, "micro_batch_size": 2}, "batch_size=3 is not a multiple of micro_batch_size=2 on 1 ranks"),
+        ({"device": "box ("}, "no regular expression"),
+        ({"color": "red"}, "color: unknown key"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(change: dict, message: str):
+    with pytest.raises(UsageError, match=message):
+        parse(MachineConfig, {**TREE, **change}, "box.yaml")
+
+
+def test_another_device_is_refused_by_both_names():
+    machine = machines.load("a30")
+    with pytest.raises(UsageError, match=r"hardware a30 is A30 .*NVIDIA A30\), and this device is NVIDIA A100"):
+        machines.require("a30", machine, hardware.Device("NVIDIA A100", "cuda:0", "bfloat16"), 1)
+    machines.require("a30", machine, hardware.Device("NVIDIA A30", "cuda:0", "bfloat16"), 1)
+
+
+def test_another_number_of_ranks_is_refused_with_the_command_that_is_right():
+    machine = machines.load("h100x2")
+    with pytest.raises(
+        UsageError, match=r"has 2 ranks and 1 started: run it by torchrun --standalone --nproc_per_node=2"
+    ):
+        machines.require("h100x2", machine, hardware.Device("NVIDIA H100 PCIe", "cuda:0", "bfloat16"), 1)
+
+
+@pytest.mark.parametrize("devices", [(), ("NVIDIA L40S", "NVIDIA L40S")])
+def test_the_draft_is_a_file_that_fits_this_machine(monkeypatch, picogpt, tmp_path, devices):
+    gpus(monkeypatch, *devices)
+    run = picogpt("hardware", "--draft")
+    (tmp_path / "mine.yaml").write_text(run.out)
+    machine = machines.load(str(tmp_path / "mine.yaml"))
+    kind, names = machines.here()
+    assert (machine.kind, machine.ranks) == (kind, len(names))
+    machines.require("mine", machine, hardware.Device(names[0], kind, "float32"), machine.world_size)
+
+
+def test_where_no_file_fits_the_command_prints_a_draft(monkeypatch, picogpt):
+    gpus(monkeypatch, "NVIDIA L40S")
+    run = picogpt("hardware")
+    assert "fits     none of a30, cpu" in run.out
+    assert "title: L40S" in run.out
+    assert picogpt("hardware", "--names").out.strip() == ""

@@ -1,0 +1,66 @@
+# The machines of the write-up: which there are, which are measured here. Nothing here runs a step.
+
+SHIPPED = Path(workflow.basedir, "../config/hardware")
+REFERENCE = Path(workflow.basedir, "../results/reference")
+
+
+def machines_here():
+    """What the ladder is measured on: the machines that were asked for, or those that this one fits, as arguments."""
+    asked = config["ladder"]["hardware"]
+    return picogpt("hardware", "--names").split() if asked == "auto" else asked
+
+
+# By name: what the command line calls it. A file of one's own is called by its path.
+MEASURED = {Path(argument).stem: argument for argument in machines_here()}
+HARDWARE = sorted({path.stem for path in SHIPPED.glob("*.yaml")} | MEASURED.keys())
+
+
+def machine_argument(name):
+    """What the command line calls a machine."""
+    return MEASURED.get(name, name)
+
+
+def machine_settings(name):
+    """A machine's file."""
+    argument = machine_argument(name)
+    path = Path(argument) if Path(argument).suffix else SHIPPED / f"{name}.yaml"
+    if not path.exists():
+        raise WorkflowError(f"there is no hardware {name}: {', '.join(HARDWARE)} are in config/hardware/")
+    return yaml.safe_load(path.read_text())
+
+
+def on_gpu(name):
+    """Whether a machine's device is a GPU."""
+    return machine_settings(name)["kind"] == "cuda"
+
+
+def rung_settings(name, rung):
+    """What decides the record of a rung: the machine's settings, and the rungs that stand before it."""
+    tree = machine_settings(name)
+    rungs = tree.pop("rungs")
+    if rung not in rungs:
+        raise WorkflowError(f"hardware {name} has no rung {rung}; it has {', '.join(rungs)}")
+    return json.dumps({**tree, "rungs": rungs[: rungs.index(rung) + 1]}, sort_keys=True)
+
+
+def ladder_records(name):
+    """The records of a ladder that is measured here; none where it is not."""
+    rungs = machine_settings(name)["rungs"] if name in MEASURED else []
+    return [f"results/records/ladder/{name}/{rung}.json" for rung in rungs]
+
+
+def ladder_references(name):
+    """The reference records of a ladder that is not measured here."""
+    return [] if name in MEASURED else sorted(map(str, REFERENCE.glob(f"*/ladder_{name}_*.json")))
+
+
+def training_file(name):
+    """The settings of the long training that the write-up shows on a machine, as seen from the working directory."""
+    training = machine_settings(name).get("training")
+    if training is None:
+        raise WorkflowError(f"hardware {name} has no long training: config/hardware/{name}.yaml names none")
+    return os.path.relpath(SHIPPED / f"../models/{training}.yaml")
+
+
+# Measured here, and shown with a long training.
+DISTRIBUTED = [name for name in MEASURED if machine_settings(name).get("training")]
