@@ -136,6 +136,7 @@ def test_where_memory_runs_out_the_largest_micro_batch_that_fits_is_recorded(
         assert (record["results"]["micro_batch_size"], record["results"]["out_of_memory"]) == (expected, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("works", [True, False])
 def test_the_rung_of_torch_compile(
     picogpt, monkeypatch, gpt2_tokens: TokenData, box: Path, tmp_path: Path, works: bool

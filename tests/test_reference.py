@@ -1,0 +1,149 @@
+"""Reference records: what may be kept, and how a changed one is found out."""
+
+import csv
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from picogpt import hardware, records, reference
+from picogpt.data import assets
+from picogpt.errors import PicogptError
+from picogpt.report.tables import read_references, write_summary
+
+COMMIT = "0123456789" * 4
+SPEEDS = {"tokens_per_second": 10.0, "final_loss": 9.0}
+
+
+def record(kind: str, **change: object) -> dict:
+    """A record of a clean checkout, on the published corpus."""
+    corpus = {"name": "tinyshakespeare", "text_sha256": assets.find("tinyshakespeare").sha256}
+    corpus |= {"train_tokens": 301_966, "val_tokens": 36_059}
+    tree = {
+        **records.provenance(hardware.select("cpu")), "kind": kind, "corpus": corpus, "config": {}, "commit": COMMIT,
+        "dirty": False, "results": {"val_loss_after": 5.5},
+    }  # fmt: skip
+    return tree | change
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the pipeline has run."""
+    monkeypatch.setattr(records, "commit", lambda: (COMMIT, False))
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media/gpt2_cpu_throughput.png").write_bytes(b"a picture")
+    records.write(tmp_path / "weights/gpt2/pipeline/tinyshakespeare/record.json", record("train gpt2"))
+    records.write(
+        tmp_path / "weights/gpt2/20260210_183518/tinyshakespeare/record.json", record("train gpt2", results={})
+    )
+    records.write(tmp_path / "results/records/ladder/cpu/baseline.json", record("ladder cpu baseline", results=SPEEDS))
+    missing = record("evaluate gpt2-pretrained int8", not_measured="hub unreachable", results={})
+    records.write(tmp_path / "results/records/evaluate.json", missing)
+    (tmp_path / "results/report.md").write_text("![a](../media/gpt2_cpu_throughput.png)\n")
+    return tmp_path
+
+
+def test_what_was_measured_is_kept(measured: Path):
+    kept, pictures = reference.keep(measured, "pipeline")
+    assert kept.parent == measured / "results/reference"
+    assert kept.name == reference.slug(records.provenance(hardware.select("cpu"))["device"])
+    files = ["SHA256SUMS", "ladder_cpu_baseline.json", "report.md", "train_gpt2.json"]
+    assert sorted(path.name for path in kept.iterdir()) == files
+    assert json.loads((kept / "train_gpt2.json").read_text())["results"] == {"val_loss_after": 5.5}
+    assert (pictures / "gpt2_cpu_throughput.png").read_bytes() == b"a picture"
+    link = (kept / "report.md").read_text().split("(")[1].split(")")[0]
+    assert (kept / link).resolve() == (pictures / "gpt2_cpu_throughput.png").resolve()
+    reference.check(kept)
+    (measured / "results/records/ladder/cpu/baseline.json").unlink()
+    assert "ladder_cpu_baseline.json" not in [path.name for path in reference.keep(measured, "pipeline")[0].iterdir()]
+
+
+def test_the_command(measured: Path, picogpt):
+    run = picogpt("reference")
+    assert (run.status, run.out.count("files\n")) == (0, 2)
+    assert picogpt("reference", "--run", "nobody").status == 0  # the benchmarks are no run's
+    shutil.rmtree(measured / "results/records")
+    run = picogpt("reference", "--run", "nobody")
+    assert (run.status, "has no records of the run 'nobody'" in run.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dirty": True}, r"record\.json was measured with uncommitted changes"),
+        ({"commit": None, "dirty": None}, r"record\.json was measured at no commit"),
+        ({"corpus": {"name": "words", "text_sha256": "0" * 64}}, r"was measured on words: .* tinyshakespeare"),
+        ({"device": {"name": "another CPU", "kind": "cpu", "cores": 2}}, "records of one device"),
+    ],
+)
+def test_what_could_mislead_is_not_kept(measured: Path, change: dict, message: str):
+    records.write(measured / "weights/char_bigram/pipeline/record.json", record("train char-bigram", **change))
+    with pytest.raises(PicogptError, match=message):
+        reference.keep(measured, "pipeline")
+    assert not (measured / "results/reference").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"), [((COMMIT, True), "has uncommitted changes"), ((None, None), "is no git checkout")]
+)
+def test_a_dirty_tree_is_refused(measured: Path, monkeypatch, state: tuple, message: str):
+    monkeypatch.setattr(records, "commit", lambda: state)
+    with pytest.raises(PicogptError, match=message):
+        reference.keep(measured, "pipeline")
+
+
+def sums(folder: Path) -> None:
+    """Fit SHA256SUMS to the files, as somebody would who wants to hide a change."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.glob("*.json"))
+    ]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def test_a_changed_record_is_found_out(measured: Path):
+    kept, _ = reference.keep(measured, "pipeline")
+    path = kept / "train_gpt2.json"
+    whole = path.read_text()
+    path.write_text(whole.replace("5.5", "4.5"))
+    with pytest.raises(PicogptError, match=r"train_gpt2\.json was edited: its sha256 is"):
+        read_references([path])
+    path.write_text(json.dumps(json.loads(whole) | {"schema_version": 0}))
+    sums(kept)
+    with pytest.raises(PicogptError, match=r"train_gpt2\.json has schema version 0"):
+        read_references([path])
+    path.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k not in ("commit", "device")}))
+    sums(kept)
+    with pytest.raises(PicogptError, match=r"train_gpt2\.json is not a complete result record: device, commit missing"):
+        read_references([path])
+    path.unlink()
+    with pytest.raises(PicogptError, match=r"train_gpt2\.json is in .* and is not there"):
+        read_references([kept / "ladder_cpu_baseline.json"])
+    path.write_text(whole)
+    (kept / "SHA256SUMS").unlink()
+    with pytest.raises(PicogptError, match=r"is not in .*SHA256SUMS"):
+        read_references([path])
+
+
+def test_a_reference_number_is_shown_as_one(measured: Path, tmp_path: Path):
+    speeds = record("ladder h100 baseline", results=SPEEDS)
+    top = record("ladder h100 max_autotune", results={"tokens_per_second": 120.0, "final_loss": 9.0})
+    folder = tmp_path / "reference/nvidia_h100"
+    for tree in (speeds, top):
+        records.write(folder / f"{tree['kind'].replace(' ', '_')}.json", tree)
+    sums(folder)
+    write_summary(
+        [measured / "results/records/ladder/cpu/baseline.json"], folder.glob("*.json"), tmp_path / "summary.csv"
+    )
+    with open(tmp_path / "summary.csv", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["metric"] == "h100, top rung")
+    assert (row["measured"], row["status"]) == ("12", "not measured here")
+    assert row["note"].startswith("needs H100; the number is a reference record of ")
+
+
+def test_tracked_reference_records_are_whole():
+    for folder in sorted((ROOT / "results/reference").glob("*/")):
+        reference.check(folder)
+        read_references(sorted(folder.glob("*.json")))
