@@ -89,8 +89,13 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
         f"cannot get {where}: the hub ({endpoint}) cannot be reached and the file is not in its cache"
         f" ({constants.HF_HUB_CACHE}). Run {wanted.command} where it can, or set HF_ENDPOINT to a mirror."
     )
-    if not cached_only and not is_cached(wanted) and not answers():  # the client would ask again and again, for 23 s
-        raise Unreachable(nobody)
+    if not is_cached(wanted):
+        if cached_only:
+            raise Unreachable(
+                f"{where} is not in the cache of the hub's client ({constants.HF_HUB_CACHE}): {wanted.command} brings it"
+            )
+        if not answers():  # the client would ask again and again, for 23 s
+            raise Unreachable(nobody)
     try:
         path = Path(
             hf_hub_download(
