@@ -187,6 +187,15 @@ class PipelineGPT2(Settings):
     throughput_streams: int = Field(ge=2, description="texts sampled at once, in bfloat16, in one more benchmark")
 
 
+class PipelineFineweb(Settings):
+    """Which part of FineWeb-Edu the pipeline tokenizes, where a target asks for it."""
+
+    shards: int = Field(ge=1, description="the first so many of 14, 0.7 billion tokens each")
+    val_documents: int = Field(
+        1000, ge=1, description="of the first shard, for validation; about a thousand tokens each"
+    )
+
+
 class Pipeline(Settings):
     """`config/config.yaml`: what the pipeline runs."""
 
@@ -201,6 +210,7 @@ class Pipeline(Settings):
     char_bigram: PipelineModel
     char_transformer: PipelineModel
     gpt2: PipelineGPT2
+    fineweb: PipelineFineweb
 
 
 SCHEMAS: dict[str, type[Settings]] = {"experiment": Experiment, "pipeline": Pipeline}
