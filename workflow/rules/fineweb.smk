@@ -53,11 +53,12 @@ rule tokenize_fineweb:
         runtime=120,
         mem_mb=4000,
     params:
+        shard="{shard}",
         folder=lambda wildcards, output: Path(output[0]).parent,
         flags="",
     shell:
         "picogpt tokenize fineweb-edu"
-        " --shard {wildcards.shard}"
+        " --shard {params.shard}"
         " --folder {params.folder:q}"
         " {params.flags}"
         " --threads {threads}"
@@ -73,6 +74,7 @@ use rule tokenize_fineweb as tokenize_fineweb_first with:
     log:
         "logs/tokenize_fineweb_00000.log",
     params:
+        shard=0,
         folder=lambda wildcards, output: Path(output[0]).parent,
         flags=f"--val-documents {config['fineweb']['val_documents']}",
 
