@@ -31,6 +31,7 @@ NAME = "fineweb-edu"
 COLUMN = "text"
 DOCUMENTS_AT_ONCE = 1024
 """Held in memory, about 5 MB of text."""
+READ_BYTES = 1 << 20
 
 
 class Dataset(Settings):
@@ -159,8 +160,8 @@ def _open(path: Path) -> pq.ParquetFile:
     import pyarrow.parquet
 
     try:
-        # Without pre_buffer: that would read ahead to the end of the file, into memory.
-        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        # As they come by default, a whole row group, or all of them, would be read into memory at once.
+        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
     except (OSError, pyarrow.ArrowException) as error:
         raise PicogptError(f"{path} is no parquet file: {error}") from error
     schema = table.schema_arrow

@@ -94,7 +94,8 @@ class Joined:
             raise IndexError(f"ids of many files are read in order, not in steps of {step}")
         if stop - start == len(self):
             return self
-        index = bisect_right(self._ends, start)
+        stop = max(start, stop)
+        index = min(bisect_right(self._ends, start), len(self._ends) - 1)
         pieces: list[np.ndarray] = []
         while start < stop or not pieces:
             tokens = self._open(index)
