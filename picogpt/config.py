@@ -198,6 +198,16 @@ class PipelineLadder(Settings):
     set: list[str] = Field([], description="overrides of the model, as for --set: [model.n_layer=2]")
 
 
+class PipelineFineweb(Settings):
+    """Which part of FineWeb-Edu the pipeline tokenizes, where a target asks for it."""
+
+    shards: int = Field(ge=1, description="the first so many of 14, 0.7 billion tokens each")
+    val_documents: int = Field(
+        1000, ge=1, description="of the first shard, for validation; about a thousand tokens each"
+    )
+    set: list[str] = Field([], description="overrides of the training on it, as for --set: [train.steps=100]")
+
+
 class Pipeline(Settings):
     """`config/config.yaml`: what the pipeline runs."""
 
@@ -213,6 +223,7 @@ class Pipeline(Settings):
     char_transformer: PipelineModel
     gpt2: PipelineGPT2
     ladder: PipelineLadder = PipelineLadder()
+    fineweb: PipelineFineweb
 
 
 RUNGS = (

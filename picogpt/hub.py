@@ -1,4 +1,4 @@
-"""OpenAI's checkpoints on the Hugging Face hub: which there are, and bringing them here. Needs no torch."""
+"""Files on the Hugging Face hub, and OpenAI's checkpoints among them: bringing them here. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import errno
 import functools
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -18,6 +20,21 @@ FILE = "model.safetensors"
 HUB_TIMEOUT_S = 5
 BUSY = (408, 429)
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file in a repository of the hub, at a commit."""
+
+    repository: str
+    file: str
+    revision: str
+    sha256: str | None
+    """None: the one that the hub names for that commit."""
+    command: str
+    """What fetches it, for messages."""
+    kind: Literal["model", "dataset"] = "model"
+    """Of the repository."""
 
 
 class Pretrained(Settings):
@@ -35,6 +52,10 @@ class Pretrained(Settings):
         """The model it is for."""
         return GPT2Config(kind="gpt2", n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
 
+    def weights(self, name: str) -> HubFile:
+        """Its safetensors file; `name` is its own in the registry."""
+        return HubFile(self.repository, FILE, self.revision, self.sha256, f"picogpt fetch {name}")
+
 
 @functools.cache
 def registry() -> dict[str, Pretrained]:
@@ -44,7 +65,17 @@ def registry() -> dict[str, Pretrained]:
 
 
 def fetch(name: str, cached_only: bool = False) -> Path:
-    """The safetensors file of `name` in the hub client's own cache; fetched, resumed and verified where need be.
+    """The safetensors file of `name` in the hub client's own cache. Raises as `obtain`."""
+    return obtain(registry()[name].weights(name), cached_only)
+
+
+def is_here(name: str) -> bool:
+    """Whether the safetensors file of `name` is in the cache of the hub's client."""
+    return is_cached(registry()[name].weights(name))
+
+
+def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
+    """A file of the hub in the hub client's own cache; fetched, resumed and verified where need be.
 
     With `cached_only` nobody is asked for it.
 
@@ -53,18 +84,27 @@ def fetch(name: str, cached_only: bool = False) -> Path:
     from huggingface_hub import constants, errors, hf_hub_download
 
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
-    asset = registry()[name]
-    where = f"{asset.repository}/{FILE} at {asset.revision[:12]}"
+    where = f"{wanted.repository}/{wanted.file} at {wanted.revision[:12]}"
     nobody = (
         f"cannot get {where}: the hub ({endpoint}) cannot be reached and the file is not in its cache"
-        f" ({constants.HF_HUB_CACHE}). Run picogpt fetch {name} where it can, or set HF_ENDPOINT to a mirror."
+        f" ({constants.HF_HUB_CACHE}). Run {wanted.command} where it can, or set HF_ENDPOINT to a mirror."
     )
-    if not cached_only and not is_here(name) and not answers():  # the client would ask again and again, for 23 s
-        raise Unreachable(nobody)
+    if not is_cached(wanted):
+        if cached_only:
+            raise Unreachable(
+                f"{where} is not in the cache of the hub's client ({constants.HF_HUB_CACHE}): {wanted.command} brings it"
+            )
+        if not answers():  # the client would ask again and again, for 23 s
+            raise Unreachable(nobody)
     try:
         path = Path(
             hf_hub_download(
-                asset.repository, FILE, revision=asset.revision, endpoint=endpoint, local_files_only=cached_only
+                wanted.repository,
+                wanted.file,
+                repo_type=wanted.kind,
+                revision=wanted.revision,
+                endpoint=endpoint,
+                local_files_only=cached_only,
             )
         )
     except (errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
@@ -86,16 +126,16 @@ def fetch(name: str, cached_only: bool = False) -> Path:
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
             raise
         raise Unreachable(f"cannot get {where}: {innermost(error)}; the next run goes on from what is kept") from error
-    _verify(path, asset.sha256 or _named_hash(path, asset, endpoint))
+    _verify(path, wanted, wanted.sha256 or _named_hash(path, wanted, endpoint))
     return path
 
 
-def is_here(name: str) -> bool:
+def is_cached(wanted: HubFile) -> bool:
     """Whether the file is in the cache of the hub's client."""
     from huggingface_hub import try_to_load_from_cache
 
-    asset = registry()[name]
-    return isinstance(try_to_load_from_cache(asset.repository, FILE, revision=asset.revision), str)
+    path = try_to_load_from_cache(wanted.repository, wanted.file, revision=wanted.revision, repo_type=wanted.kind)
+    return isinstance(path, str)
 
 
 def answers() -> bool:
@@ -122,17 +162,17 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _named_hash(path: Path, asset: Pretrained, endpoint: str) -> str:
+def _named_hash(path: Path, wanted: HubFile, endpoint: str) -> str:
     """The hash that the hub names for the file: the cache calls the file by it, where the file system has links."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     if re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
         return path.resolve().name
-    url = hf_hub_url(asset.repository, FILE, revision=asset.revision, endpoint=endpoint)
+    url = hf_hub_url(wanted.repository, wanted.file, repo_type=wanted.kind, revision=wanted.revision, endpoint=endpoint)
     return str(get_hf_file_metadata(url).etag)
 
 
-def _verify(path: Path, expected: str) -> None:
+def _verify(path: Path, wanted: HubFile, expected: str) -> None:
     """Raises PicogptError, and drops the file, when it has another hash than the expected one."""
     blob = path.resolve()
     actual = sha256_file(blob)
@@ -140,6 +180,6 @@ def _verify(path: Path, expected: str) -> None:
         blob.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise PicogptError(
-            f"the hub serves another file than {FILE} at the pinned revision: sha256 {actual}, expected {expected}."
+            f"the hub serves another file than {wanted.file} at the pinned revision: sha256 {actual}, expected {expected}."
             " Nothing was kept."
         )

@@ -40,6 +40,45 @@ def counting(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
+class Encoding:
+    """A bar of documents with tokens/s and time left; on a file or a pipe a line every few seconds."""
+
+    def __init__(self, name: str, total: int):
+        self.name, self.total, self.documents, self.tokens = name, total, 0, 0
+        self._began = self._last_line = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=_console())
+            self._task = self._bar.add_task(name, total=total, note="")
+
+    def __enter__(self) -> Encoding:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, documents: int, tokens: int) -> None:
+        """Show that so many more documents, and tokens, are done."""
+        self.documents += documents
+        self.tokens += tokens
+        now = time.monotonic()
+        seconds = max(now - self._began, 1e-9)
+        note = f"{self.tokens / seconds:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, completed=self.documents, note=note)
+        elif now - self._last_line >= LINE_INTERVAL_S or self.documents == self.total:
+            self._last_line = now
+            left = _clock((self.total - self.documents) * seconds / self.documents)
+            counted = f"{self.documents:,}/{self.total:,} documents"
+            print(f"{self.name}: {counted}  {note}  {left} left", file=sys.stderr, flush=True)
+
+
 class Training:
     """A bar of steps with loss, tokens/s and time left; on a file or a pipe a line every few seconds.
 

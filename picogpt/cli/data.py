@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from picogpt.cli.common import PRETRAINED, RESOURCES, RUN_PATTERN, WEIGHTS, now
 from picogpt.errors import Unreachable, UsageError
+
+if TYPE_CHECKING:
+    from picogpt.hub import HubFile
+
+FINEWEB = "fineweb-edu"
 
 
 @click.command()
@@ -22,18 +29,25 @@ from picogpt.errors import Unreachable, UsageError
     "--status", type=click.Path(path_type=Path), help="Write here whether it was had; if not, that is no error."
 )
 @click.option("--check", is_flag=True, help="Fetch nothing: say of each name whether it is here, reachable or neither.")
+@click.option("--shard", "shards", type=click.IntRange(0), multiple=True, help="Of fineweb-edu; repeatable.")
 def fetch(
-    names: tuple[str, ...], first: bool, folder: Path, out: Path | None, status: Path | None, check: bool
+    names: tuple[str, ...],
+    first: bool,
+    folder: Path,
+    out: Path | None,
+    status: Path | None,
+    check: bool,
+    shards: tuple[int, ...],
 ) -> None:
     """Fetch assets of config/assets.yaml and verify them; without names, list them.
 
     `pretrained`, and the larger pretrained-medium, -large and -xl, are OpenAI's weights of config/pretrained.yaml:
-    they stay in the cache of the Hugging Face client.
+    they stay in the cache of the Hugging Face client. So do the shards of `fineweb-edu`, text for longer trainings.
 
     $PICOGPT_MIRROR, a folder or an address, is asked first, then the registered addresses. What is here already
     is verified and not fetched again; what broke off goes on where it stopped.
     """
-    from picogpt.data import assets
+    from picogpt.data import assets, fineweb
     from picogpt.files import atomic_write, write_text
 
     if not names:
@@ -42,7 +56,14 @@ def fetch(
             click.echo(f"{name:24}{asset.size:>12,} bytes  {here:9} {asset.title} ({asset.licence})")
         for name in PRETRAINED:
             click.echo(f"{name.removeprefix('gpt2-'):24}{'':>18}  {'':9} OpenAI's GPT-2, from the hub (MIT)")
+        data = fineweb.dataset()
+        click.echo(
+            f"{fineweb.NAME:20}{data.size:>16,} bytes  {'':9} {data.title}, in {len(data.shards)} shards,"
+            f" from the hub ({data.licence})"
+        )
         return
+    if shards or FINEWEB in names:
+        names = _with_shards(names, shards)
     if check:
         for name in names:
             click.echo(_state(name, folder))
@@ -56,18 +77,48 @@ def fetch(
     for name, path in fetched:
         click.echo(f"{name}: {path}")
         if out:
-            with atomic_write(out) as file:
-                file.write(path.read_bytes())
+            with open(path, "rb") as source, atomic_write(out) as file:
+                shutil.copyfileobj(source, file)
             click.echo(f"{name}: {out}")
+
+
+def _with_shards(names: Sequence[str], shards: Sequence[int]) -> tuple[str, ...]:
+    """The names, each chosen shard of a data set by its own: fineweb-edu/3."""
+    from picogpt.data import fineweb
+
+    if fineweb.NAME not in names:
+        raise UsageError(f"--shard goes with {fineweb.NAME}: picogpt fetch {fineweb.NAME} --shard 0")
+    if not shards:
+        data = fineweb.dataset()
+        raise UsageError(
+            f"{fineweb.NAME} has {len(data.shards)} shards, {data.size / 1e9:.1f} GB together: say which, as in"
+            " --shard 0 --shard 1"
+        )
+    chosen = [f"{fineweb.NAME}/{shard}" for shard in shards]
+    return tuple(part for name in names for part in (chosen if name == fineweb.NAME else [name]))
+
+
+def _hub_file(name: str) -> HubFile | None:
+    """The file on the hub that this name stands for, if it does for one."""
+    if f"gpt2-{name}" in PRETRAINED:
+        from picogpt import hub
+
+        return hub.registry()[name].weights(name)
+    data_set, _, shard = name.partition("/")
+    if data_set == FINEWEB and shard:
+        from picogpt.data import fineweb
+
+        return fineweb.parquet(int(shard))
+    return None
 
 
 def _fetch(name: str, folder: Path) -> Path:
     from picogpt.data import assets, bpe
 
-    if f"gpt2-{name}" in PRETRAINED:
+    if file := _hub_file(name):
         from picogpt import hub
 
-        return hub.fetch(name)
+        return hub.obtain(file)
     return bpe.fetch_ranks(folder) if name == bpe.RANKS else assets.fetch(name, folder)
 
 
@@ -83,10 +134,10 @@ def _had(name: str, folder: Path) -> str:
 
 def _state(name: str, folder: Path) -> str:
     """here, reachable or unreachable; asks for no more than an answer."""
-    if f"gpt2-{name}" in PRETRAINED:
+    if file := _hub_file(name):
         from picogpt import hub
 
-        return "here" if hub.is_here(name) else "reachable" if hub.answers() else "unreachable"
+        return "here" if hub.is_cached(file) else "reachable" if hub.answers() else "unreachable"
     from picogpt.data import assets
 
     asset = assets.find(name)
@@ -147,6 +198,54 @@ def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fract
     click.echo(
         f"{corpus}: {data.train.header.count:,} tokens for training, {data.val.header.count:,} for validation: {folder}/"
     )
+
+
+@tokenize.command(FINEWEB)
+@click.option("--shard", "numbers", type=click.IntRange(0), multiple=True, help="Tokenize this one; repeatable.")
+@click.option("--join", "count", type=click.IntRange(1), help="Join the first so many, and write manifest.json.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=WEIGHTS / "gpt2_tokenizer" / FINEWEB,
+    help="Where the tokens of all shards lie.",
+)
+@click.option(
+    "--parquet", type=click.Path(path_type=Path), help="The shard's file. [default: in the hub client's cache]"
+)
+@click.option("--val-documents", type=click.IntRange(1), default=1000, help="Of shard 0, for validation.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: one a core.")
+def fineweb_edu(
+    numbers: tuple[int, ...], count: int | None, folder: Path, parquet: Path | None, val_documents: int, threads: int
+) -> None:
+    """GPT-2's tokens of FineWeb-Edu, shard by shard. Writes train-00000.bin, …, val.bin and manifest.json.
+
+    Shards are fetched first; nothing here asks the network for them. Each may be tokenized by a command of its own, on
+    another machine, in any order; one that is there and whole is left alone. Joining them comes last.
+
+    \b
+      picogpt fetch fineweb-edu --shard 0 --shard 1
+      picogpt tokenize fineweb-edu --shard 0
+      picogpt tokenize fineweb-edu --shard 1
+      picogpt tokenize fineweb-edu --join 2
+    """
+    from picogpt.data import fineweb
+    from picogpt.data.bpe import GPT2Tokenizer
+
+    if bool(numbers) == (count is not None):
+        raise UsageError("give either --shard, to tokenize one, or --join, with how many there are")
+    if parquet and len(numbers) != 1:
+        raise UsageError("--parquet is the file of one shard: name that with --shard")
+    if count is not None:
+        data = fineweb.join(folder, count)
+        click.echo(
+            f"{FINEWEB}: {data.train.header.count:,} tokens for training, {data.val.header.count:,} for validation,"
+            f" in {count} shards: {folder}/"
+        )
+        return
+    tokenizer = GPT2Tokenizer.fetched(RESOURCES)
+    for number in numbers:
+        path = fineweb.tokenize(number, folder, tokenizer, val_documents, parquet, threads)
+        click.echo(f"{FINEWEB} shard {number}: {path}")
 
 
 def _corpus_here() -> Path:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
 from picogpt.errors import PicogptError
+
+
+class Ids(Protocol):
+    """Token ids, shape (count,): an array, or many files read like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Any: ...
 
 
 class Sampler:
@@ -21,7 +30,7 @@ class Sampler:
     Raises PicogptError when the tokens do not fill one window.
     """
 
-    def __init__(self, ids: np.ndarray, block_size: int, batch_size: int, seed: int):
+    def __init__(self, ids: Ids, block_size: int, batch_size: int, seed: int):
         self.ids, self.block_size, self.batch_size, self.seed = ids, block_size, batch_size, seed
         # One block is set aside for the offset, one token for the last target.
         self.windows = (len(ids) - block_size) // block_size
@@ -47,8 +56,8 @@ class Sampler:
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of a step on one rank: int64 arrays of shape (batch_size // world_size, block_size)."""
-        positions = self.starts(step, rank, world_size)[:, None] + np.arange(self.block_size + 1)
-        tokens = self.ids[positions].astype(np.int64)
+        starts = self.starts(step, rank, world_size).tolist()
+        tokens = np.stack([self.ids[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
         return tokens[:, :-1], tokens[:, 1:]
 
     def _start(self, index: int) -> int:
@@ -63,7 +72,7 @@ def _order(seed: int, epoch: int, windows: int, block_size: int) -> tuple[int, n
     return int(random.integers(block_size)), random.permutation(windows)
 
 
-def sequential(ids: np.ndarray, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def sequential(ids: Ids, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All tokens once, in order: batches of (inputs, targets), int64, shape (at most batch_size, block_size).
 
     The last window is shorter when the tokens do not divide, and comes in a batch of its own, so that

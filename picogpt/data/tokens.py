@@ -2,7 +2,7 @@
 
 8 bytes   magic "PICOGPT\\n"
 4 bytes   length of the header, little endian
-header    JSON: version, dtype, vocab_size, count, split, corpus, three hashes; padded with spaces
+header    JSON: version, dtype, vocab_size, count, split, corpus, three hashes, documents; padded with spaces
 ids       `count` values of `dtype`, beginning at a multiple of 64 bytes
 """
 
@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer
+from picogpt.data.sampler import Ids
 from picogpt.data.tokenizers import CharTokenizer, Tokenizer
 from picogpt.errors import PicogptError
 from picogpt.files import atomic_write, locked, read_text, sha256_file
@@ -28,6 +31,8 @@ ALIGNMENT = 64
 LARGEST_HEADER = 1 << 16
 DTYPES = ("uint8", "uint16", "uint32")
 SPLITS = ("train", "val")
+MANIFEST = "manifest.json"
+"""Makes one corpus of the token files of many shards; see shards.py."""
 # Beyond this, reading every id at the start would take longer than it is worth; batches are checked as they come.
 CHECKED_COUNT = 1 << 26
 
@@ -45,16 +50,21 @@ class Header:
     text_sha256: str
     tokenizer_sha256: str
     data_sha256: str
-    """Hash of the ids of both splits: files that belong together have the same, and a run knows its data by it."""
+    """Hash of the ids of both splits: files that belong together have the same, and a run knows its data by it.
+    In a file of a shard: of the ids in it; the manifest has the hash of all."""
+    first_document: int | None = None
+    """In a file of a shard: which document of its source is the first one here."""
+    documents: int | None = None
+    """In a file of a shard: how many there are. Each ends with `<|endoftext|>`."""
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """An open token file. `ids` has shape (count,) and stays on disk until it is read."""
+    """An open token file, or many under one manifest. `ids` has shape (count,) and stays on disk until it is read."""
 
     path: Path
     header: Header
-    ids: np.ndarray
+    ids: Ids
 
     def check(self, ids: np.ndarray) -> None:
         """Raises PicogptError when one of `ids`, any shape, is not in the vocabulary."""
@@ -92,16 +102,62 @@ class TokenData:
 
 def write_tokens(path: str | Path, ids: np.ndarray, header: Header) -> None:
     """Write a token file in one piece."""
-    text = json.dumps(asdict(header)).encode()
-    start = len(MAGIC) + 4
-    text += b" " * (-(start + len(text)) % ALIGNMENT)
     with atomic_write(path) as file:
-        file.write(MAGIC + len(text).to_bytes(4, "little") + text)
-        file.write(np.ascontiguousarray(ids, dtype=np.dtype(header.dtype).newbyteorder("<")).tobytes())
+        file.write(_head(header))
+        file.write(_bytes(ids, header))
 
 
-def open_tokens(path: str | Path) -> TokenFile:
-    """Open a token file. Raises PicogptError when it is missing, foreign, of another version, or cut short."""
+class TokenStream:
+    """A token file that is being written: the ids come in parts, and the header when they are known."""
+
+    def __init__(self, file: IO[bytes], header: Header):
+        self._file, self._header, self._hash = file, header, hashlib.sha256()
+        self.count = self.documents = 0
+        largest = replace(header, count=1 << 62, documents=1 << 62, data_sha256="0" * 64)
+        self._room = len(_head(largest))
+        file.write(bytes(self._room))
+
+    def append(self, ids: np.ndarray, documents: int) -> None:
+        """Write the ids of so many documents."""
+        part = _bytes(ids, self._header)
+        self._file.write(part)
+        self._hash.update(part)
+        self.count += len(ids)
+        self.documents += documents
+
+    def finish(self) -> Header:
+        """Write the header."""
+        header = replace(self._header, count=self.count, documents=self.documents, data_sha256=self._hash.hexdigest())
+        self._file.seek(0)
+        self._file.write(_head(header, self._room))
+        return header
+
+
+@contextmanager
+def streaming(path: str | Path, header: Header) -> Iterator[TokenStream]:
+    """Write a token file part by part, whatever its length; `header` says all but count, documents and data_sha256."""
+    with atomic_write(path) as file:
+        stream = TokenStream(file, header)
+        yield stream
+        stream.finish()
+
+
+def _head(header: Header, room: int = 0) -> bytes:
+    """What stands before the ids: at least `room` bytes, a multiple of 64."""
+    text, start = json.dumps(asdict(header)).encode(), len(MAGIC) + 4
+    text = text.ljust(max(room - start, len(text) + -(start + len(text)) % ALIGNMENT))
+    return MAGIC + len(text).to_bytes(4, "little") + text
+
+
+def _bytes(ids: np.ndarray, header: Header) -> bytes:
+    return np.ascontiguousarray(ids, dtype=np.dtype(header.dtype).newbyteorder("<")).tobytes()
+
+
+def open_tokens(path: str | Path, check: bool = True) -> TokenFile:
+    """Open a token file; with `check`, and unless it is very large, look at every id in it.
+
+    Raises PicogptError when it is missing, foreign, of another version, cut short, or holds an id that is no token.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -132,13 +188,22 @@ def open_tokens(path: str | Path) -> TokenFile:
         )
     ids = np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(header.count,))
     tokens = TokenFile(path, header, ids)
-    if header.count <= CHECKED_COUNT:
+    if check and header.count <= CHECKED_COUNT:
         tokens.check(ids)
     return tokens
 
 
 def open_data(folder: str | Path) -> TokenData:
-    """Open `train.bin` and `val.bin` in `folder`. Raises PicogptError when they do not belong together."""
+    """Open `train.bin` and `val.bin` in `folder`, or the shards that its manifest lists.
+
+    Raises PicogptError when they do not belong together.
+    """
+    if (Path(folder) / MANIFEST).exists():
+        from picogpt.data.shards import open_shards  # it opens token files as this module does
+
+        return open_shards(folder)
+    if next(Path(folder).glob("train-*.bin"), None) and not (Path(folder) / "train.bin").exists():
+        raise PicogptError(f"{folder} has shards that were not joined: picogpt tokenize fineweb-edu --join N does it")
     train, val = (open_tokens(Path(folder) / f"{split}.bin") for split in SPLITS)
     for field in ("vocab_size", "text_sha256", "tokenizer_sha256", "data_sha256"):
         if getattr(train.header, field) != getattr(val.header, field):

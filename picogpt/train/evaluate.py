@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from picogpt.data.sampler import sequential
+from picogpt.data.sampler import Ids, sequential
 from picogpt.hardware import Device, torch_dtype
 from picogpt.models.language_model import LanguageModel
 from picogpt.train.distributed import World
@@ -21,7 +20,7 @@ def autocast(device: Device) -> torch.autocast:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, ids: np.ndarray, device: Device, batch_size: int | None = None, world: World | None = None
+    model: LanguageModel, ids: Ids, device: Device, batch_size: int | None = None, world: World | None = None
 ) -> float:
     """Mean cross-entropy, in nats a token, over all targets of `ids` (N,): N - 1 of them.
 

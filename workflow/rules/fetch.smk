@@ -12,7 +12,8 @@ rule fetch_corpus:
     """
     Bring the first corpus of the configured list that can be had, verified against its pinned hash.
 
-    Only the rules in this file touch the network. What arrived stays in resources/, so that the next run asks nobody.
+    Only the fetch rules, here and in fineweb.smk, touch the network. What arrived stays in resources/, so that the next
+    run asks nobody.
     """
     output:
         "resources/corpus.txt",

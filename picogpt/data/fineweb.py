@@ -1,0 +1,187 @@
+"""FineWeb-Edu (Penedo et al. 2024, arXiv:2406.17557): shards of text on the Hugging Face hub, and their tokens.
+
+The registry is `config/fineweb.yaml`. A shard is a parquet file of documents; each is tokenized by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from picogpt import hub
+from picogpt.config import Settings, config_folder, parse, read_yaml
+from picogpt.data import shards
+from picogpt.data.assets import File, is_whole
+from picogpt.data.bpe import GPT2Tokenizer
+from picogpt.data.tokens import VERSION, Header, TokenData, streaming
+from picogpt.errors import PicogptError, UsageError
+from picogpt.files import locked, sha256_file
+from picogpt.progress import Encoding
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+NAME = "fineweb-edu"
+COLUMN = "text"
+DOCUMENTS_AT_ONCE = 1024
+"""Held in memory, about 5 MB of text."""
+READ_BYTES = 1 << 20
+
+
+class Dataset(Settings):
+    """A data set on the hub: parquet files with a column `text`."""
+
+    title: str
+    licence: str
+    repository: str
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    folder: str
+    shards: tuple[File, ...] = Field(min_length=1)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+
+@functools.cache
+def dataset() -> Dataset:
+    """What the registry says."""
+    path = config_folder() / "fineweb.yaml"
+    return parse(Dataset, read_yaml(path)[NAME], f"{path}, {NAME}")
+
+
+def parquet(number: int) -> hub.HubFile:
+    """The parquet file of a shard. Raises UsageError when there is no such shard."""
+    data = dataset()
+    shard = _shard(number)
+    command = f"picogpt fetch {NAME} --shard {number}"
+    return hub.HubFile(
+        data.repository, f"{data.folder}/{shard.file}", data.revision, shard.sha256, command, kind="dataset"
+    )
+
+
+def tokenize(
+    number: int,
+    folder: str | Path,
+    tokenizer: GPT2Tokenizer,
+    val_documents: int,
+    file: str | Path | None = None,
+    threads: int = 0,
+) -> Path:
+    """Write the tokens of a shard into `folder` and return their file; where it is whole already, do nothing.
+
+    The first `val_documents` of the first shard go to `val.bin`. Every document ends with `<|endoftext|>`. The text comes
+    from `file`, or from the cache of the hub's client; nobody is asked for it. On `threads` cores, 0 for all; the
+    memory does not grow with the shard.
+
+    Raises Unreachable when the text is not here, PicogptError when it is another or cannot be read.
+    """
+    shard, folder = _shard(number), Path(folder)
+    path, val = folder / shards.shard_file(number), folder / shards.VAL
+    held_out = val_documents if number == 0 else 0
+    header = Header(
+        version=VERSION,
+        dtype="uint16",
+        vocab_size=tokenizer.vocab_size,
+        count=0,
+        split="train",
+        corpus=NAME,
+        text_sha256=shard.sha256,
+        tokenizer_sha256=tokenizer.sha256,
+        data_sha256="",
+        first_document=held_out,
+    )
+    val_header = replace(header, split="val", first_document=0, documents=held_out)
+    with locked(folder, f"tokenizing shard {number}", f".{path.name}.lock"):
+        if shards.is_whole(path, header) and (not held_out or shards.is_whole(val, val_header)):
+            return path
+        source = hub.obtain(parquet(number), cached_only=True) if file is None else _verified(Path(file), shard)
+        table = _open(source)
+        total = table.metadata.num_rows
+        if held_out >= total:
+            raise UsageError(
+                f"{source} has {total:,} documents: --val-documents {held_out} would leave none for training"
+            )
+        documents = _documents(table, source)
+        with Encoding(f"{NAME} shard {number}", total) as bar:
+
+            def write(path: Path, header: Header, some: Iterator[str]) -> None:
+                with streaming(path, header) as stream:
+                    while batch := list(itertools.islice(some, DOCUMENTS_AT_ONCE)):
+                        ids = tokenizer.encode_documents(
+                            [*batch, ""], threads
+                        )  # after the last one too comes the token
+                        stream.append(ids, len(batch))
+                        bar.advance(len(batch), len(ids))
+
+            if held_out:
+                write(val, val_header, itertools.islice(documents, held_out))
+            write(path, header, documents)
+    return path
+
+
+def join(folder: str | Path, count: int) -> TokenData:
+    """Write the manifest over the first `count` shards in `folder`. Raises as `shards.join`."""
+    _shard(count - 1)
+    return shards.join(folder, NAME, [(shard.file, shard.sha256) for shard in dataset().shards[:count]])
+
+
+def _shard(number: int) -> File:
+    shards_there = dataset().shards
+    if not 0 <= number < len(shards_there):
+        raise UsageError(
+            f"{NAME} has {len(shards_there)} shards, 0 to {len(shards_there) - 1}: there is no shard {number}"
+        )
+    return shards_there[number]
+
+
+def _verified(path: Path, shard: File) -> Path:
+    """`path`, when it holds the bytes of `shard`."""
+    if not path.is_file():
+        raise PicogptError(f"{path} is not there: it should hold {shard.file} of {NAME}")
+    if not is_whole(path, shard):
+        raise PicogptError(
+            f"{path} is another file than {shard.file} of {NAME}: {path.stat().st_size:,} bytes, sha256"
+            f" {sha256_file(path)}; expected {shard.size:,} bytes, {shard.sha256}"
+        )
+    return path
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """Open a parquet file with a column of texts. Raises PicogptError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # As they come by default, a whole row group, or all of them, would be read into memory at once.
+        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise PicogptError(f"{path} is no parquet file: {error}") from error
+    schema = table.schema_arrow
+    held = {name: str(schema.field(name).type) for name in schema.names}
+    if held.get(COLUMN) not in ("string", "large_string"):
+        listed = ", ".join(f"{name} ({kind})" for name, kind in held.items())
+        raise PicogptError(f"{path} has no column {COLUMN!r} of strings; it has {listed or 'no columns'}")
+    return table
+
+
+def _documents(table: pq.ParquetFile, path: Path) -> Iterator[str]:
+    """The texts, in their order; one row group at a time is read. Raises PicogptError when one cannot be read."""
+    import pyarrow
+
+    for group in range(table.num_row_groups):
+        try:
+            for batch in table.iter_batches(DOCUMENTS_AT_ONCE, row_groups=[group], columns=[COLUMN]):
+                texts = batch.column(0)
+                if texts.null_count:
+                    raise PicogptError(f"{path}: a document in row group {group} has no {COLUMN}")
+                yield from texts.to_pylist()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise PicogptError(f"{path}: row group {group} cannot be read: {error}") from error

@@ -1,0 +1,258 @@
+"""Many token files as one corpus: `manifest.json` lists them, and training reads them as if they were one.
+
+Each shard of a corpus is tokenized by itself, anywhere and in any order, into `train-00000.bin`, `train-00001.bin`, …;
+the first documents of the first shard are `val.bin`. `join` looks at all of them once and writes the manifest.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from picogpt.config import Settings
+from picogpt.data.tokens import MANIFEST, VERSION, Header, TokenData, TokenFile, open_tokens
+from picogpt.errors import PicogptError
+from picogpt.files import locked, read_text, write_text
+from picogpt.progress import counting
+
+VAL = "val.bin"
+# An open file takes a descriptor, of which a process has about a thousand.
+OPEN_FILES = 256
+HASH = r"^[0-9a-f]{64}$"
+
+
+class Part(Settings):
+    """A token file of a sharded corpus, and what it was made from."""
+
+    file: str
+    count: int = Field(ge=0, description="tokens")
+    first_document: int = Field(ge=0, description="of the source: the first one here")
+    documents: int = Field(ge=0)
+    sha256: str = Field(pattern=HASH, description="of the ids")
+    source: str
+    source_sha256: str = Field(pattern=HASH)
+
+
+class Manifest(Settings):
+    """All token files of a sharded corpus, in the order of the shards."""
+
+    version: Literal[1]
+    corpus: str
+    dtype: str
+    vocab_size: int
+    tokenizer_sha256: str = Field(pattern=HASH)
+    data_sha256: str = Field(pattern=HASH, description="hash of the hashes of all parts, val last")
+    train: list[Part] = Field(min_length=1)
+    val: Part
+
+    def header(self) -> Header:
+        """What a single file with all tokens for training would say of itself."""
+        sources = [part.source_sha256 for part in self.train]
+        return Header(
+            version=VERSION,
+            dtype=self.dtype,
+            vocab_size=self.vocab_size,
+            count=sum(part.count for part in self.train),
+            split="train",
+            corpus=self.corpus,
+            text_sha256=sources[0] if len(sources) == 1 else hashlib.sha256("".join(sources).encode()).hexdigest(),
+            tokenizer_sha256=self.tokenizer_sha256,
+            data_sha256=self.data_sha256,
+        )
+
+
+class Joined:
+    """The ids of many files, read like one array: slices alone, and a file is opened when a slice lies in it.
+
+    Slices are found by bisection, so that neither opening nor reading costs more where there are more files.
+    """
+
+    def __init__(self, counts: Sequence[int], open_part: Callable[[int], TokenFile]):
+        self._ends = list(accumulate(counts))
+        self._open = functools.lru_cache(OPEN_FILES)(open_part)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, part: slice) -> Any:
+        """An array of the ids, shape (stop - start,); a slice of everything is this object, and reads nothing.
+
+        Raises PicogptError naming the file that is missing, damaged, or holds an id that is no token.
+        """
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise IndexError(f"ids of many files are read in order, not in steps of {step}")
+        if stop - start == len(self):
+            return self
+        stop = max(start, stop)
+        index = min(bisect_right(self._ends, start), len(self._ends) - 1)
+        pieces: list[np.ndarray] = []
+        while start < stop or not pieces:
+            tokens = self._open(index)
+            end = min(stop, self._ends[index])
+            begin = self._ends[index] - tokens.header.count
+            piece = tokens.ids[start - begin : end - begin]
+            tokens.check(piece)
+            pieces.append(piece)
+            start, index = end, index + 1
+        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def shard_file(number: int) -> str:
+    """The name of the token file of a shard."""
+    return f"train-{number:05}.bin"
+
+
+def open_shards(folder: str | Path) -> TokenData:
+    """Open the corpus whose manifest is in `folder`. No shard is opened before a batch needs it.
+
+    Raises PicogptError when the manifest is damaged, a file that it lists is missing, or `val.bin` is another.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(read_text(path))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise PicogptError(
+            f"{path} is no whole manifest ({where}: {error.errors()[0]['msg']}): join the shards again"
+        ) from error
+    if manifest.data_sha256 != _sha256(manifest.train, manifest.val):
+        raise PicogptError(f"{path} was changed: data_sha256 is not that of the files it lists; join the shards again")
+    here = set(os.listdir(folder))
+    missing = [part.file for part in manifest.train if part.file not in here]
+    if missing:
+        raise PicogptError(f"{folder / missing[0]} is not there, and {path} lists it: tokenize its shard again")
+
+    def open_part(index: int) -> TokenFile:
+        return _open(folder, manifest.train[index], manifest)
+
+    train = TokenFile(path, manifest.header(), Joined([part.count for part in manifest.train], open_part))
+    return TokenData(train, _open(folder, manifest.val, manifest))
+
+
+def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) -> TokenData:
+    """Write the manifest of a corpus: one shard for each of `sources`, (name, sha256) in their order.
+
+    Every id is read once, to know that it is the one that was written.
+
+    Raises PicogptError naming the shard that is missing, damaged, of another source, tokenizer or corpus.
+    """
+    folder = Path(folder)
+    with locked(folder, "joining shards"), counting("checking", len(sources) + 1) as advance:
+        parts: list[tuple[Part, Header]] = []
+        for number, source in [(0, sources[0]), *enumerate(sources)]:
+            path = folder / (shard_file(number) if parts else VAL)
+            parts.append(_inspect(path, number, *source))
+            _require_same(path, parts[-1][1], folder / VAL, parts[0][1], corpus)
+            advance(1)
+        (val, header), *rest = parts
+        train = [part for part, _ in rest]
+        for part in train:
+            expected = val.documents if part is train[0] else 0
+            if part.first_document != expected:
+                raise PicogptError(
+                    f"{folder / part.file} begins at document {part.first_document} of {part.source}, and with the"
+                    f" {val.documents} of {folder / VAL} it would be {expected}: tokenize that shard again"
+                )
+        manifest = Manifest(
+            version=1,
+            corpus=corpus,
+            dtype=header.dtype,
+            vocab_size=header.vocab_size,
+            tokenizer_sha256=header.tokenizer_sha256,
+            data_sha256=_sha256(train, val),
+            train=train,
+            val=val,
+        )
+        write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    return open_shards(folder)
+
+
+def is_whole(path: Path, expected: Header) -> bool:
+    """Whether `path` is an undamaged token file of what `expected` says: source, tokenizer, corpus, documents."""
+    if not path.exists():
+        return False
+    try:
+        tokens = open_tokens(path, check=False)
+    except PicogptError:
+        return False
+    header = tokens.header
+    documents = header.documents if expected.documents is None else expected.documents
+    whole = replace(expected, count=header.count, documents=documents, data_sha256=_hash_of_ids(tokens))
+    return header == whole
+
+
+def _inspect(path: Path, number: int, source: str, source_sha256: str) -> tuple[Part, Header]:
+    """What the manifest says of a token file, and its header."""
+    if not path.exists():
+        raise PicogptError(f"{path} is not there: tokenize shard {number}")
+    tokens = open_tokens(path, check=False)
+    header = tokens.header
+    if header.first_document is None or header.documents is None:
+        raise PicogptError(f"{path} is no token file of a shard: tokenize shard {number} into this folder")
+    if header.text_sha256 != source_sha256:
+        raise PicogptError(
+            f"{path} was made from another file than {source}: sha256 {header.text_sha256}, expected {source_sha256};"
+            f" tokenize shard {number} again"
+        )
+    if header.data_sha256 != _hash_of_ids(tokens):
+        raise PicogptError(f"{path} is damaged: its ids are not those that were written; tokenize shard {number} again")
+    part = Part(
+        file=path.name,
+        count=header.count,
+        first_document=header.first_document,
+        documents=header.documents,
+        sha256=header.data_sha256,
+        source=source,
+        source_sha256=source_sha256,
+    )
+    return part, header
+
+
+def _require_same(path: Path, header: Header, other_path: Path, other: Header, corpus: str) -> None:
+    """Raises PicogptError where two files are not of one corpus."""
+    if header.corpus != corpus:
+        raise PicogptError(f"{path} is of the corpus {header.corpus}, not {corpus}: tokenize it into another folder")
+    for field in ("tokenizer_sha256", "vocab_size", "dtype"):
+        if getattr(header, field) != getattr(other, field):
+            raise PicogptError(f"{path} and {other_path} come from different tokenizers: {field} differs")
+
+
+def _open(folder: Path, part: Part, manifest: Manifest) -> TokenFile:
+    """Open a file of the manifest. Raises PicogptError, naming it, when it is not the one that was joined."""
+    tokens = open_tokens(folder / part.file, check=False)
+    header = tokens.header
+    for name, found, expected in (
+        ("count", header.count, part.count),
+        ("data_sha256", header.data_sha256, part.sha256),
+        ("text_sha256", header.text_sha256, part.source_sha256),
+        ("tokenizer_sha256", header.tokenizer_sha256, manifest.tokenizer_sha256),
+        ("vocab_size", header.vocab_size, manifest.vocab_size),
+        ("dtype", header.dtype, manifest.dtype),
+    ):
+        if found != expected:
+            raise PicogptError(
+                f"{tokens.path} is not the file that {folder / MANIFEST} lists: its {name} is {found}, not {expected};"
+                " tokenize its shard again, and join the shards"
+            )
+    return tokens
+
+
+def _hash_of_ids(tokens: TokenFile) -> str:
+    return hashlib.sha256(tokens.ids[:]).hexdigest()
+
+
+def _sha256(train: Sequence[Part], val: Part) -> str:
+    """Identity of all ids; that of a single shard is what `train.bin` and `val.bin` of the same ids would have."""
+    return hashlib.sha256(b"".join(bytes.fromhex(part.sha256) for part in (*train, val))).hexdigest()

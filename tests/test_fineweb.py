@@ -1,0 +1,510 @@
+"""FineWeb-Edu in small: parquet shards of this test, from a hub of this test, to tokens, a manifest and a training."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hub as hub_server
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import ROOT
+from hub import Hub
+from test_distributed import assert_same
+from test_distributed import run as train
+from test_tokens import rewrite_header
+from test_workflow import SMALL, SNAKEMAKE
+
+from picogpt import hub as hub_client
+from picogpt.data import fineweb, shards
+from picogpt.data.bpe import GPT2Tokenizer
+from picogpt.data.sampler import Sampler, sequential
+from picogpt.data.tokens import Header, TokenData, open_data, open_tokens, write_tokens
+from picogpt.errors import PicogptError, Unreachable, UsageError
+
+REVISION = "0123456789" * 4
+WORDS = ["the", "river", "carries", "sand;", "a", "delta", "grows", "é", "每年", "<|endoftext|>", "\n\n"]
+HELD_OUT = 30
+
+
+def texts(number: int) -> list[str]:
+    """The documents of a shard: the same each time; one of them is empty."""
+    draw = random.Random(number)
+    return ["", *(" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(99))]
+
+
+def parquet(documents: list[str | None], column: str = "text") -> bytes:
+    """A parquet file of several row groups, with a column that nobody needs beside the text."""
+    out = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(documents)), column: documents}), out, row_group_size=17)
+    return out.getvalue()
+
+
+def registered(contents: list[bytes]) -> fineweb.Dataset:
+    files = [
+        {"file": f"{number:03}_00000.parquet", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for number, content in enumerate(contents)
+    ]
+    return fineweb.Dataset.model_validate(
+        {
+            "title": "pages", "licence": "none", "repository": "HuggingFaceFW/fineweb-edu", "revision": REVISION,
+            "folder": "sample/10BT", "shards": files,
+        }
+    )  # fmt: skip
+
+
+def hub_path(number: int) -> str:
+    return f"datasets/HuggingFaceFW/fineweb-edu/{REVISION}/sample/10BT/{number:03}_00000.parquet"
+
+
+@pytest.fixture(scope="module")
+def contents() -> list[bytes]:
+    return [parquet(texts(number)) for number in range(3)]
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[bytes]], None]:
+    """Put a data set of these files in the place of the registered one."""
+
+    def register(contents: list[bytes]) -> None:
+        monkeypatch.setattr(fineweb, "dataset", lambda: registered(contents))
+
+    return register
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, contents: list[bytes], register) -> Iterator[Hub]:
+    """A hub with three shards, registered."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "xet"))
+    with hub_server.running() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.address)
+        running.files.update({hub_path(number): content for number, content in enumerate(contents)})
+        register(contents)
+        yield running
+
+
+@pytest.fixture
+def files(tmp_path: Path, contents: list[bytes], register) -> list[Path]:
+    """The three shards as files, registered; no hub."""
+    register(contents)
+    paths = [tmp_path / f"{number}.parquet" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], gpt2: GPT2Tokenizer) -> Path:
+    """A folder with three shards and their manifest."""
+    folder = tmp_path_factory.mktemp("joined")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb, "dataset", lambda: registered(contents))
+        for number, content in enumerate(contents):
+            source = folder / "source.parquet"
+            source.write_bytes(content)
+            fineweb.tokenize(number, folder, gpt2, HELD_OUT, source)
+        source.unlink()
+        fineweb.join(folder, 3)
+    return folder
+
+
+@pytest.fixture
+def folder(joined: Path, tmp_path: Path, contents: list[bytes], register) -> Path:
+    """A copy of it to damage."""
+    register(contents)
+    return Path(shutil.copytree(joined, tmp_path / "folder"))
+
+
+@pytest.fixture(scope="module")
+def whole(joined: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenData:
+    """The same ids in one file."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copy(joined / "val.bin", folder / "val.bin")
+    ids = np.concatenate([open_tokens(joined / shards.shard_file(number)).ids for number in range(3)])
+    header = open_tokens(joined / "val.bin").header
+    fields = {**vars(header), "split": "train", "count": len(ids)}
+    write_tokens(folder / "train.bin", ids, Header(**fields))
+    return open_data(folder)
+
+
+def test_the_registry_names_every_shard_of_the_sample():
+    data = fineweb.dataset()
+    assert (len(data.shards), data.size) == (14, 28_518_193_415)
+    assert data.shards[13].file == "013_00000.parquet"
+    wanted = fineweb.parquet(3)
+    assert (wanted.file, wanted.kind) == ("sample/10BT/003_00000.parquet", "dataset")
+
+
+def test_shards_are_fetched_once(hub: Hub, picogpt, contents: list[bytes]):
+    assert picogpt("fetch", "--check", "fineweb-edu", "--shard", 0).out == "reachable\n"
+    run = picogpt("fetch", "fineweb-edu", "--shard", 0, "--shard", 2)
+    assert run.status == 0, run.err
+    lines = dict(line.split(": ") for line in run.out.splitlines())
+    assert {name: Path(path).read_bytes() for name, path in lines.items()} == {
+        "fineweb-edu/0": contents[0],
+        "fineweb-edu/2": contents[2],
+    }
+    assert [path for method, path, _ in hub.requests if method == "GET"] == [f"/store/{hub_path(n)}" for n in (0, 2)]
+    asked = len(hub.requests)
+    assert picogpt("fetch", "--check", "fineweb-edu", "--shard", 0).out == "here\n"
+    assert picogpt("fetch", "fineweb-edu", "--shard", 0).status == 0
+    assert len(hub.requests) == asked
+
+
+def test_a_hang_up_is_resumed_where_it_stopped(hub: Hub, register, monkeypatch: pytest.MonkeyPatch):
+    content = os.urandom(1 << 17)
+    hub.files[hub_path(0)] = content
+    register([content])
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 14)
+    hub.hang_up_after = [len(content) // 2]
+    try:
+        path = hub_client.obtain(fineweb.parquet(0))
+    except Unreachable:  # the client may leave it to the next run
+        path = hub_client.obtain(fineweb.parquet(0))
+    assert path.read_bytes() == content
+    ranges = [wanted for method, _, wanted in hub.requests if method == "GET"]
+    assert any(wanted and int(wanted.removeprefix("bytes=").split("-")[0]) > 0 for wanted in ranges), ranges
+
+
+def test_another_file_is_refused_and_not_kept(hub: Hub, picogpt, tmp_path: Path):
+    hub.files[hub_path(1)] = parquet(["something else"])
+    run = picogpt("fetch", "fineweb-edu", "--shard", 1)
+    assert run.status == 1
+    assert "serves another file than sample/10BT/001_00000.parquet" in run.err
+    assert not [path for path in (tmp_path / "cache").rglob("*.parquet") if path.exists()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["fetch", "fineweb-edu"], 2, "14 shards, 28.5 GB together: say which"),
+        (["fetch", "fineweb-edu", "--shard", 14], 2, "14 shards, 0 to 13: there is no shard 14"),
+        (["fetch", "tinyshakespeare", "--shard", 1], 2, "--shard goes with fineweb-edu"),
+        (["tokenize", "fineweb-edu"], 2, "give either --shard"),
+        (["tokenize", "fineweb-edu", "--shard", 0, "--join", 1], 2, "give either --shard"),
+        (["tokenize", "fineweb-edu", "--join", 15], 2, "there is no shard 14"),
+        (["tokenize", "fineweb-edu", "--shard", 0, "--shard", 1, "--parquet", "x"], 2, "the file of one shard"),
+        (["tokenize", "fineweb-edu", "--shard", 1], 1, "picogpt fetch fineweb-edu --shard 1 brings it"),
+        (["tokenize", "fineweb-edu", "--shard", 1, "--parquet", "x"], 1, "x is not there"),
+        (["tokenize", "fineweb-edu", "--join", 2], 1, "val.bin is not there: tokenize shard 0"),
+    ],
+)
+def test_a_mistake_is_told(picogpt, gpt2_resources, tmp_path: Path, monkeypatch, arguments, status: int, message: str):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "resources").symlink_to(gpt2_resources)
+    run = picogpt(*arguments)
+    assert (run.status, message in run.err) == (status, True), run.err
+
+
+def test_by_hand_from_the_hub_to_a_training(hub: Hub, picogpt, gpt2_resources: Path, tmp_path: Path):
+    (tmp_path / "resources").symlink_to(gpt2_resources)
+    assert picogpt("fetch", "fineweb-edu", "--shard", 0, "--shard", 1).status == 0
+    hub.status = 500  # from here on nobody asks it
+    for number in (1, 0):
+        run = picogpt("tokenize", "fineweb-edu", "--shard", number, "--val-documents", HELD_OUT)
+        assert run.status == 0, run.err
+        assert "100/100 documents" in run.err
+    data = "weights/gpt2_tokenizer/fineweb-edu"
+    tiny = [f"--set=model.{key}" for key in ("n_layer=1", "n_head=2", "n_embd=8", "block_size=32")]
+    command = ["train", "gpt2", "--data", data, "--run", "a", "--steps", 2, "--size", "cpu", "--device", "cpu", *tiny]
+    unjoined = picogpt(*command)
+    assert (unjoined.status, "has shards that were not joined" in unjoined.err) == (1, True)
+    run = picogpt("tokenize", "fineweb-edu", "--join", 2)
+    assert run.status == 0, run.err
+    assert "in 2 shards" in run.out
+    run = picogpt(*command, "--set=runtime.compile=off", "--set=train.batch_size=4")
+    assert run.status == 0, run.err
+    record = json.loads((tmp_path / "weights/gpt2/a/fineweb-edu/record.json").read_text())
+    assert record["corpus"]["name"] == "fineweb-edu"
+    assert record["corpus"]["data_sha256"] == json.loads((tmp_path / data / "manifest.json").read_text())["data_sha256"]
+
+
+def test_the_tokens_are_those_of_all_documents_in_one_go(joined: Path, gpt2: GPT2Tokenizer):
+    data = open_data(joined)
+    documents = [text for number in range(3) for text in texts(number)]
+    ends = [*documents, ""]  # a token after the last one too
+    expected = gpt2.encode_documents([*ends[:HELD_OUT], ""]), gpt2.encode_documents(ends[HELD_OUT:])
+    assert np.array_equal(data.val.ids[:], expected[0])
+    read = [data.train.ids[start : start + 1000] for start in range(0, len(data.train.ids), 1000)]
+    assert np.array_equal(np.concatenate(read), expected[1])
+
+
+def test_batches_of_documents_do_not_show(files: list[Path], joined: Path, gpt2, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(fineweb, "DOCUMENTS_AT_ONCE", 7)
+    fineweb.tokenize(0, tmp_path, gpt2, HELD_OUT, files[0], threads=1)
+    for name in ("train-00000.bin", "val.bin"):
+        assert (tmp_path / name).read_bytes() == (joined / name).read_bytes()
+
+
+def test_the_order_in_which_shards_are_made_does_not_show(files: list[Path], joined: Path, gpt2, tmp_path: Path):
+    for number in (2, 0, 1):
+        fineweb.tokenize(number, tmp_path / "out", gpt2, HELD_OUT, files[number], threads=number)
+    fineweb.join(tmp_path / "out", 3)
+    assert (tmp_path / "out/manifest.json").read_bytes() == (joined / "manifest.json").read_bytes()
+    fewer = fineweb.join(tmp_path / "out", 2)
+    assert fewer.corpus()["data_sha256"] != open_data(joined).corpus()["data_sha256"]
+
+
+def test_one_shard_has_the_identity_of_the_same_ids_in_plain_files(files: list[Path], gpt2, tmp_path: Path):
+    fineweb.tokenize(0, tmp_path, gpt2, HELD_OUT, files[0])
+    data = fineweb.join(tmp_path, 1)
+    halves = (open_tokens(tmp_path / name).ids[:].tobytes() for name in ("train-00000.bin", "val.bin"))
+    expected = hashlib.sha256(b"".join(hashlib.sha256(half).digest() for half in halves)).hexdigest()
+    assert data.corpus()["data_sha256"] == expected
+    assert data.corpus()["text_sha256"] == hashlib.sha256(files[0].read_bytes()).hexdigest()
+
+
+def test_a_whole_shard_is_left_alone_and_another_made_anew(folder: Path, files: list[Path], gpt2: GPT2Tokenizer):
+    path, content = folder / "train-00001.bin", (folder / "train-00001.bin").read_bytes()
+    inode = path.stat().st_ino
+    missing = files[1].with_name("nowhere.parquet")  # nothing is read
+    fineweb.tokenize(1, folder, gpt2, HELD_OUT, missing)
+    assert path.stat().st_ino == inode
+    for damage in (content[:-2], content[:-2] + b"\0\0", b""):
+        path.write_bytes(damage)
+        fineweb.tokenize(1, folder, gpt2, HELD_OUT, files[1])
+        assert path.read_bytes() == content
+    fineweb.tokenize(0, folder, gpt2, HELD_OUT + 1, files[0])
+    assert open_tokens(folder / "val.bin").header.documents == HELD_OUT + 1
+    assert open_tokens(folder / "train-00000.bin").header.first_document == HELD_OUT + 1
+    (folder / "val.bin").unlink()
+    fineweb.tokenize(0, folder, gpt2, HELD_OUT + 1, files[0])
+    assert (folder / "val.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PAR1 and then nothing of the kind", "is no parquet file"),
+        (b"", "is no parquet file"),
+        (
+            parquet(texts(0), column="content"),
+            r"has no column 'text' of strings; it has id \(int64\), content \(string\)",
+        ),
+        (parquet([*texts(0), None]), "a document in row group 5 has no text"),
+        (parquet(texts(0)).replace(b"PAR1", b"PAR1" + bytes(40), 1), "cannot be read|is no parquet file"),
+        (parquet(texts(0)[:HELD_OUT]), "--val-documents 30 would leave none for training"),
+    ],
+    ids=["foreign", "empty", "column", "null", "shifted", "few"],
+)
+def test_a_file_that_cannot_be_tokenized(register, gpt2, tmp_path: Path, content: bytes, message: str):
+    register([content])
+    path = tmp_path / "shard.parquet"
+    path.write_bytes(content)
+    with pytest.raises(PicogptError, match=message) as error:
+        fineweb.tokenize(0, tmp_path / "out", gpt2, HELD_OUT, path)
+    assert str(path) in str(error.value)
+    assert not list((tmp_path / "out").glob("train*"))
+
+
+def test_a_file_of_another_shard_is_refused(files: list[Path], gpt2: GPT2Tokenizer, tmp_path: Path):
+    with pytest.raises(
+        PicogptError, match=r"0\.parquet is another file than 001_00000\.parquet of fineweb-edu: .*sha256"
+    ):
+        fineweb.tokenize(1, tmp_path / "out", gpt2, HELD_OUT, files[0])
+
+
+def flip(path: Path) -> None:
+    """Change the last id, to one that is a token too."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is not there: tokenize shard 1"),
+        (lambda f: (f / "val.bin").unlink(), "val.bin is not there: tokenize shard 0"),
+        (lambda f: (f / "train-00001.bin").write_bytes(b""), "train-00001.bin is not a token file"),
+        (lambda f: os.truncate(f / "train-00002.bin", 2000), "train-00002.bin holds 2,000 bytes"),
+        (lambda f: flip(f / "train-00002.bin"), "train-00002.bin is damaged"),
+        (lambda f: flip(f / "val.bin"), "val.bin is damaged"),
+        (
+            lambda f: (f / "train-00002.bin").replace(f / "train-00001.bin"),
+            "train-00001.bin was made from another file than 001_00000.parquet",
+        ),
+        (
+            lambda f: rewrite_header(f / "train-00001.bin", tokenizer_sha256="f" * 64),
+            "different tokenizers: tokenizer_sha256 differs",
+        ),
+        (lambda f: rewrite_header(f / "train-00001.bin", corpus="x"), "train-00001.bin is of the corpus x"),
+        (lambda f: rewrite_header(f / "train-00000.bin", first_document=29), "train-00000.bin begins at document 29"),
+        (lambda f: rewrite_header(f / "train-00001.bin", first_document=5), "train-00001.bin begins at document 5"),
+        (lambda f: rewrite_header(f / "train-00001.bin", documents=None), "train-00001.bin is no token file of a shard"),
+    ],
+)  # fmt: skip
+def test_shards_that_do_not_belong_together_are_not_joined(folder: Path, damage: Callable, message: str):
+    (folder / "manifest.json").unlink()
+    damage(folder)
+    with pytest.raises(PicogptError, match=message):
+        fineweb.join(folder, 3)
+    assert not (folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is not there, and .*manifest.json lists it"),
+        (lambda f: (f / "val.bin").unlink(), "val.bin"),
+        (lambda f: os.truncate(f / "train-00001.bin", 2000), "train-00001.bin holds 2,000 bytes"),
+        (lambda f: shutil.copy(f / "train-00002.bin", f / "train-00001.bin"), "train-00001.bin is not the file that"),
+        (
+            lambda f: rewrite_header(f / "train-00001.bin", data_sha256="f" * 64),
+            "train-00001.bin is not the file .* its data_sha256 is f",
+        ),
+        (
+            lambda f: rewrite_header(f / "train-00001.bin", tokenizer_sha256="f" * 64),
+            "train-00001.bin is not the file .* its tokenizer_sha256 is f",
+        ),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is no whole manifest"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json is no whole manifest"),
+        (
+            lambda f: (f / "manifest.json").write_text(
+                (f / "manifest.json").read_text().replace(open_tokens(f / "val.bin").header.data_sha256, "f" * 64)
+            ),
+            "manifest.json was changed",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_shard_is_an_error_that_names_it(folder: Path, damage: Callable, message: str):
+    def read() -> None:
+        sampler = Sampler(open_data(folder).train.ids, 16, 8, seed=1)
+        for step in range(sampler.steps(1)):
+            sampler.batch(step)
+
+    read()
+    damage(folder)
+    with pytest.raises(PicogptError, match=message):
+        read()
+
+
+def test_an_id_that_is_no_token_names_its_file(folder: Path):
+    data = open_data(folder)
+    os.truncate(folder / "train-00002.bin", (folder / "train-00002.bin").stat().st_size - 2)
+    with open(folder / "train-00002.bin", "ab") as file:
+        file.write(b"\xff\xff")
+    with pytest.raises(PicogptError, match=r"train-00002\.bin holds the id 65535"):
+        data.train.ids[len(data.train.ids) - 5 : len(data.train.ids)]
+
+
+def test_many_files_read_like_one(joined: Path, whole: TokenData):
+    ids, expected = open_data(joined).train.ids, whole.train.ids
+    assert len(ids) == len(expected)
+    draw = random.Random(0)
+    for _ in range(300):
+        start = draw.randrange(len(ids))
+        stop = draw.randrange(start, len(ids))
+        assert np.array_equal(ids[start:stop], expected[start:stop])
+    assert np.array_equal(ids[:10], expected[:10])
+    assert [len(ids[start:stop]) for start, stop in ((7, 7), (9, 7), (len(ids), None))] == [0, 0, 0]
+    assert ids[:] is ids
+    with pytest.raises(IndexError):
+        ids[::2]
+    for ours, theirs in zip(sequential(ids, 64, 4), sequential(expected, 64, 4), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    samplers = [Sampler(x, 32, 8, seed=5) for x in (ids, expected)]
+    for step in range(samplers[0].steps(2)):
+        for rank in range(2):
+            ours, theirs = (sampler.batch(step, rank, 2) for sampler in samplers)
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_a_batch_opens_no_more_files_than_it_has_windows(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch):
+    header = Header(1, "uint16", 50257, 0, "train", "fineweb-edu", "", "e" * 64, "", 0, 1)
+    sources = [(f"{number}.parquet", f"{number:064x}") for number in range(count)]
+    ids = np.arange(100, dtype=np.uint16)
+    for name, (_, sha256) in zip(
+        ["val.bin", *map(shards.shard_file, range(count))], [sources[0], *sources], strict=True
+    ):
+        first = 1 if name == "train-00000.bin" else 0
+        fields = {**vars(header), "text_sha256": sha256, "count": 100, "first_document": first}
+        fields["data_sha256"] = hashlib.sha256(ids).hexdigest()
+        write_tokens(tmp_path / name, ids, Header(**fields))
+    shards.join(tmp_path, "fineweb-edu", sources)
+
+    opened: list[Path] = []
+
+    def counting(path: Path, check: bool = True):
+        opened.append(path)
+        return open_tokens(path, check)
+
+    monkeypatch.setattr(shards, "open_tokens", counting)
+    sampler = Sampler(open_data(tmp_path).train.ids, 16, 8, seed=3)
+    assert [path.name for path in opened] == ["val.bin"]
+    for step in range(5):
+        before = len(opened)
+        sampler.batch(step)
+        assert len(opened) - before <= 2 * 8  # a window may lie in two files
+    held = [path for path in Path("/proc/self/fd").iterdir() if str(tmp_path) in str(path.resolve())]
+    assert len(held) <= shards.OPEN_FILES
+
+
+TRAIN = {"steps": 8, "eval_interval": 4, "eval_train": "part", "micro_batch_size": 2}
+
+
+def test_two_ranks_on_shards_equal_one_on_a_single_file(joined: Path, whole: TokenData, tmp_path: Path):
+    alone = train(tmp_path / "alone", whole.train.path.parent, 1, **TRAIN)
+    assert alone.returncode == 0, alone.stderr
+    together = train(tmp_path / "together", joined, 2, **TRAIN)
+    assert together.returncode == 0, together.stderr
+    assert_same(tmp_path / "together", tmp_path / "alone")
+    ours, theirs = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("together", "alone"))
+    assert ours["ranks"] == 2
+    for key in ("train_loss_before", "train_loss_after"):
+        assert ours["results"][key] == pytest.approx(theirs["results"][key], abs=1e-5)
+
+
+@pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow]'")
+def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
+    """In a copy of the source tree whose registry names two small shards."""
+    tree, folder = tmp_path / "tree", tmp_path / "run"
+    for part in ("config", "workflow", "picogpt"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    registry = {fineweb.NAME: registered(contents[:2]).model_dump(mode="json")}
+    (tree / "config/fineweb.yaml").write_text(yaml.safe_dump(registry))
+    (folder / "resources").mkdir(parents=True)
+    shutil.copy(gpt2_resources / "gpt2.tiktoken", folder / "resources")
+    settings = {**SMALL, "size": "cpu", "fineweb": {"shards": 2, "val_documents": HELD_OUT}}
+    (folder / "small.yaml").write_text(yaml.safe_dump(settings))
+
+    def snakemake(*arguments: str, endpoint: str = "http://127.0.0.1:9") -> subprocess.CompletedProcess[str]:
+        command = [
+            str(SNAKEMAKE), *arguments,
+            "--snakefile", str(tree / "workflow/Snakefile"),
+            "--workflow-profile", str(tree / "workflow/profiles/default"),
+            "--directory", str(folder),
+            "--configfile", str(folder / "small.yaml"),
+        ]  # fmt: skip
+        environment = {"PYTHONPATH": str(tree), "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder / "hub")}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+    with hub_server.running() as hub:
+        hub.files.update({hub_path(number): content for number, content in enumerate(contents)})
+        notes = [f"resources/fineweb-edu/{number:05}.txt" for number in range(2)]
+        fetched = snakemake(*notes, endpoint=hub.address)
+        assert fetched.returncode == 0, fetched.stderr
+    manifest = "weights/gpt2_tokenizer/pipeline/fineweb-edu/manifest.json"
+    done = snakemake(manifest)  # the hub is gone
+    assert done.returncode == 0, done.stderr
+    data = open_data((folder / manifest).parent)
+    assert data.val.header.documents == HELD_OUT
+    assert isinstance(data.train.ids, shards.Joined)
+    again = snakemake("-n", manifest)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_a_shard_that_is_not_there_is_a_mistake_of_the_user():
+    with pytest.raises(UsageError, match="there is no shard 14"):
+        fineweb.parquet(14)
