@@ -24,6 +24,7 @@ from test_tokens import rewrite_header
 from test_workflow import SMALL, SNAKEMAKE
 
 from picogpt import hub as hub_client
+from picogpt import records
 from picogpt.data import fineweb, shards
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.sampler import Sampler, sequential
@@ -33,6 +34,14 @@ from picogpt.errors import PicogptError, Unreachable, UsageError
 REVISION = "0123456789" * 4
 WORDS = ["the", "river", "carries", "sand;", "a", "delta", "grows", "é", "每年", "<|endoftext|>", "\n\n"]
 HELD_OUT = 30
+PAIR = {
+    "title": "pair", "device": ".*", "kind": "cpu", "ranks": 2, "batch_size": 4, "micro_batch_size": 1, "block_size": 16,
+    "warmup_steps": 1, "steps": 3, "rungs": ["baseline"], "training": "gpt2_fineweb",
+}  # fmt: skip
+TINY = [
+    "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "train.steps=4", "train.eval_interval=2",
+    "train.warmup_steps=1", "runtime.log_interval=1", "runtime.compile=off",
+]  # fmt: skip
 
 
 def texts(number: int) -> list[str]:
@@ -476,7 +485,11 @@ def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
     (tree / "config/fineweb.yaml").write_text(yaml.safe_dump(registry))
     (folder / "resources").mkdir(parents=True)
     shutil.copy(gpt2_resources / "gpt2.tiktoken", folder / "resources")
-    settings = {**SMALL, "size": "cpu", "fineweb": {"shards": 2, "val_documents": HELD_OUT}}
+    settings = {
+        **SMALL, "size": "cpu", "ladder": {"hardware": ["pair.yaml"]},
+        "fineweb": {"shards": 2, "val_documents": HELD_OUT, "set": TINY},
+    }  # fmt: skip
+    (folder / "pair.yaml").write_text(yaml.safe_dump(PAIR))
     (folder / "small.yaml").write_text(yaml.safe_dump(settings))
 
     def snakemake(*arguments: str, endpoint: str = "http://127.0.0.1:9") -> subprocess.CompletedProcess[str]:
@@ -503,6 +516,17 @@ def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
     assert isinstance(data.train.ids, shards.Joined)
     again = snakemake("-n", manifest)
     assert "Nothing to be done" in again.stdout + again.stderr
+    # The distributed run of the write-up, on a machine of two CPUs.
+    trained = snakemake("media/gpt2_pair_loss.png")
+    assert trained.returncode == 0, trained.stderr
+    record = records.read(folder / "weights/gpt2/pipeline/fineweb-edu_pair/record.json")
+    assert (record["kind"], record["ranks"], record["micro_batch_size"]) == ("train gpt2 pair", 2, 1)
+    assert (record["corpus"]["name"], record["results"]["steps"]) == (fineweb.NAME, 4)
+    assert (folder / "media/gpt2_pair_loss.png").stat().st_size > 10_000
+    refused = snakemake("media/gpt2_h100x2_loss.png")
+    assert refused.returncode == 1
+    assert "hardware h100x2 is 2x H100" in refused.stdout + refused.stderr
+    assert not (folder / "weights/gpt2/pipeline/fineweb-edu_h100x2/record.json").exists()
 
 
 def test_a_shard_that_is_not_there_is_a_mistake_of_the_user():
