@@ -1,0 +1,46 @@
+"""The three ways to install name the same packages: pip with constraints, pixi, and Snakemake's own environments."""
+
+import re
+import tomllib
+
+import yaml
+from conftest import ROOT
+
+CONDA = {"matplotlib": "matplotlib-base", "torch": "pytorch"}
+"""Where conda's name is another than the index's."""
+
+
+def project_dependencies() -> list[str]:
+    tree = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return [re.split(r"[<>=]", requirement)[0].replace("-", "_") for requirement in tree["project"]["dependencies"]]
+
+
+def pinned() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {
+        name.lower().replace("-", "_"): version
+        for name, _, version in (line.partition("==") for line in lines if "==" in line)
+    }
+
+
+def conda_name(name: str) -> str:
+    return CONDA.get(name, name.replace("_", "-") if name == "pypi_simple" else name)
+
+
+def test_every_dependency_is_pinned_and_in_every_environment():
+    environment = yaml.safe_load((ROOT / "workflow/envs/picogpt.yaml").read_text())["dependencies"]
+    pixi = tomllib.loads((ROOT / "pixi.toml").read_text())
+    listed = {**pixi["dependencies"], "pytorch": pixi["feature"]["cpu"]["dependencies"]["pytorch-cpu"]}
+    for name in project_dependencies():
+        version = pinned()[name]
+        assert f"{conda_name(name)}={version}" in environment, name
+        assert version.startswith(listed[conda_name(name)].removesuffix("*").removesuffix(".")), name
+
+
+def test_the_profile_of_pixi_and_of_make_run_the_same_commands():
+    makefile = (ROOT / "Makefile").read_text()
+    tasks = tomllib.loads((ROOT / "pixi.toml").read_text())["tasks"]
+    for task in ("report", "test", "reference"):
+        recipe = re.search(rf"^{task}:.*\n\t\$\(BIN\)/(.+)$", makefile, re.MULTILINE)
+        assert recipe, task
+        assert recipe[1] == tasks[task]["cmd"]
