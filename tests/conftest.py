@@ -16,7 +16,8 @@ import pytest
 from picogpt import cli
 from picogpt.config import Experiment
 from picogpt.data.bpe import GPT2Tokenizer, fetch_ranks
-from picogpt.data.tokens import TokenData, tokenize_chars
+from picogpt.data.corpus import tokenize_chars
+from picogpt.data.tokens import TokenData
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +79,7 @@ def tokens_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Pat
 
 @pytest.fixture(scope="session")
 def tokens(tokens_folder: Path) -> TokenData:
-    from picogpt.data.tokens import open_data
+    from picogpt.data.corpus import open_data
 
     return open_data(tokens_folder)
 

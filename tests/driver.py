@@ -9,7 +9,7 @@ import sys
 
 from conftest import small_experiment
 
-from picogpt.data.tokens import open_data
+from picogpt.data.corpus import open_data
 from picogpt.train.loop import Trainer
 
 

@@ -17,7 +17,7 @@ from conftest import SMALL_RUNTIME
 
 from picogpt import cli
 from picogpt.config import Experiment
-from picogpt.data.tokens import open_data
+from picogpt.data.corpus import open_data
 from picogpt.train.distributed import joined
 from picogpt.train.loop import Trainer
 

@@ -8,7 +8,7 @@ import tiktoken
 from picogpt.data import assets, bpe
 from picogpt.data.assets import MIRROR_VARIABLE
 from picogpt.data.bpe import GPT2Tokenizer
-from picogpt.data.tokens import open_data, tokenize_gpt2
+from picogpt.data.corpus import open_data, tokenize_gpt2
 from picogpt.errors import PicogptError, Unreachable, UsageError
 
 STRANGE = "Don't  stop\n\n  believing   \t\n—naïve 東京 🙂🙃 1234567 <|endoftext|> x\u00a0y\r\n end   "

@@ -78,7 +78,7 @@ def test_a_first_model_by_hand(picogpt, corpus: Path, tmp_path: Path, monkeypatc
 def test_bad_input_is_one_message_and_a_status(picogpt, corpus, tmp_path, arguments: list, status: int, message: str):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "tinyshakespeare.txt").write_text("mine " * 50)
-    from picogpt.data.tokens import tokenize_chars
+    from picogpt.data.corpus import tokenize_chars
 
     tokenize_chars(corpus, tmp_path / "t")
     run = picogpt(*arguments)

@@ -27,8 +27,9 @@ from picogpt import hub as hub_client
 from picogpt import records
 from picogpt.data import fineweb, shards
 from picogpt.data.bpe import GPT2Tokenizer
+from picogpt.data.corpus import open_data
 from picogpt.data.sampler import Sampler, sequential
-from picogpt.data.tokens import Header, TokenData, open_data, open_tokens, write_tokens
+from picogpt.data.tokens import Header, TokenData, open_tokens, write_tokens
 from picogpt.errors import PicogptError, Unreachable, UsageError
 
 REVISION = "0123456789" * 4

@@ -14,7 +14,8 @@ import yaml
 from picogpt import hardware, machines, models, records
 from picogpt.bench import ladder
 from picogpt.config import GPT2Config
-from picogpt.data.tokens import TokenData, tokenize_gpt2
+from picogpt.data.corpus import tokenize_gpt2
+from picogpt.data.tokens import TokenData
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.loss import linear_cross_entropy
 from picogpt.report.ladder import LOSS_TOLERANCE, compare_with_baselines

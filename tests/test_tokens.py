@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from picogpt.data import tokens as token_files
+from picogpt.data.corpus import open_data, tokenize_chars
 from picogpt.data.tokenizers import CharTokenizer
-from picogpt.data.tokens import open_data, open_tokens, tokenize_chars
+from picogpt.data.tokens import open_tokens
 from picogpt.errors import PicogptError, UsageError
 
 

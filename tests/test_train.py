@@ -13,7 +13,8 @@ from conftest import SMALL_MODEL, SMALL_RUNTIME, small_experiment
 
 from picogpt import models, records
 from picogpt.config import Experiment
-from picogpt.data.tokens import TokenData, tokenize_chars
+from picogpt.data.corpus import tokenize_chars
+from picogpt.data.tokens import TokenData
 from picogpt.errors import Interrupted, PicogptError
 from picogpt.hardware import Device
 from picogpt.models.bigram import closed_form_loss

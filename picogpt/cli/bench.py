@@ -89,7 +89,7 @@ def train(
         raise UsageError(f"{config} describes a {experiment.model.kind}, and the ladder is one of gpt2")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would write lines of its own among ours
     from picogpt.bench import ladder
-    from picogpt.data.tokens import open_data
+    from picogpt.data.corpus import open_data
     from picogpt.train.distributed import joined
 
     tokens = open_data(data or token_folder("gpt2"))

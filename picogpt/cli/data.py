@@ -157,12 +157,12 @@ def tokenize() -> None:
 @click.option("--drop-unseen", is_flag=True, help="Leave out of the validation text what the training text lacks.")
 def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: float, drop_unseen: bool) -> None:
     """One token a character. Writes tokenizer.json, train.bin, val.bin to weights/char_tokenizer/RUN/."""
-    from picogpt.data import tokens
+    from picogpt.data.corpus import tokenize_chars
 
     text = text or _corpus_here()
     corpus = _name_of([text], corpus)
     folder = WEIGHTS / "char_tokenizer" / (run or now())
-    data = tokens.tokenize_chars(text, folder, corpus, val_fraction, drop_unseen)
+    data = tokenize_chars(text, folder, corpus, val_fraction, drop_unseen)
     click.echo(
         f"{data.train.header.corpus}: {data.vocab_size} characters,"
         f" {data.train.header.count:,} for training, {data.val.header.count:,} for validation: {folder}/"
@@ -187,14 +187,14 @@ def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fract
     The merges are fetched at the first use and kept in resources/. The last part of each text is for validation.
     Documents are told apart by <|endoftext|>, which a text may hold already.
     """
-    from picogpt.data import tokens
     from picogpt.data.bpe import GPT2Tokenizer
+    from picogpt.data.corpus import tokenize_gpt2
 
     texts = texts or (_corpus_here(),)
     corpus = _name_of(texts, corpus)
     folder = WEIGHTS / "gpt2_tokenizer" / (run or now())
     tokenizer = GPT2Tokenizer.fetched(RESOURCES)
-    data = tokens.tokenize_gpt2(texts, folder, tokenizer, corpus, val_fraction, threads)
+    data = tokenize_gpt2(texts, folder, tokenizer, corpus, val_fraction, threads)
     click.echo(
         f"{corpus}: {data.train.header.count:,} tokens for training, {data.val.header.count:,} for validation: {folder}/"
     )

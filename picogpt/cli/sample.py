@@ -146,7 +146,7 @@ def evaluate(
     """
     from picogpt import records
     from picogpt.bench import quality
-    from picogpt.data.tokens import open_data
+    from picogpt.data.corpus import open_data
 
     token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
     with or_noted(f"evaluate {kind} {dtype}", out if optional else None):

@@ -94,7 +94,7 @@ def train(
     if run and folder:
         raise UsageError("give --run or --folder, not both")
     from picogpt.config import load_experiment, model_config_file
-    from picogpt.data.tokens import open_data
+    from picogpt.data.corpus import open_data
     from picogpt.train.distributed import joined
 
     short = {"train.seed": seed, "train.steps": steps, "train.init": init, "runtime.device": device}

@@ -20,11 +20,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from picogpt.config import Settings
-from picogpt.data.tokens import MANIFEST, VERSION, Header, TokenData, TokenFile, open_tokens
+from picogpt.data.tokens import VERSION, Header, TokenData, TokenFile, open_tokens
 from picogpt.errors import PicogptError
 from picogpt.files import locked, read_text, write_text
 from picogpt.progress import counting
 
+MANIFEST = "manifest.json"
 VAL = "val.bin"
 # An open file takes a descriptor, of which a process has about a thousand.
 OPEN_FILES = 256

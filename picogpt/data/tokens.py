@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,11 +18,9 @@ from typing import IO
 
 import numpy as np
 
-from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer
 from picogpt.data.sampler import Ids
-from picogpt.data.tokenizers import CharTokenizer, Tokenizer
 from picogpt.errors import PicogptError
-from picogpt.files import atomic_write, locked, read_text, sha256_file
+from picogpt.files import atomic_write
 
 MAGIC = b"PICOGPT\n"
 VERSION = 1
@@ -31,8 +28,6 @@ ALIGNMENT = 64
 LARGEST_HEADER = 1 << 16
 DTYPES = ("uint8", "uint16", "uint32")
 SPLITS = ("train", "val")
-MANIFEST = "manifest.json"
-"""Makes one corpus of the token files of many shards; see shards.py."""
 # Beyond this, reading every id at the start would take longer than it is worth; batches are checked as they come.
 CHECKED_COUNT = 1 << 26
 
@@ -191,120 +186,3 @@ def open_tokens(path: str | Path, check: bool = True) -> TokenFile:
     if check and header.count <= CHECKED_COUNT:
         tokens.check(ids)
     return tokens
-
-
-def open_data(folder: str | Path) -> TokenData:
-    """Open `train.bin` and `val.bin` in `folder`, or the shards that its manifest lists.
-
-    Raises PicogptError when they do not belong together.
-    """
-    if (Path(folder) / MANIFEST).exists():
-        from picogpt.data.shards import open_shards  # it opens token files as this module does
-
-        return open_shards(folder)
-    if next(Path(folder).glob("train-*.bin"), None) and not (Path(folder) / "train.bin").exists():
-        raise PicogptError(f"{folder} has shards that were not joined: picogpt tokenize fineweb-edu --join N does it")
-    train, val = (open_tokens(Path(folder) / f"{split}.bin") for split in SPLITS)
-    for field in ("vocab_size", "text_sha256", "tokenizer_sha256", "data_sha256"):
-        if getattr(train.header, field) != getattr(val.header, field):
-            raise PicogptError(
-                f"{train.path} and {val.path} come from different texts, splits or tokenizers: {field} differs"
-            )
-    return TokenData(train, val)
-
-
-def tokenize_chars(
-    text_path: str | Path,
-    folder: str | Path,
-    corpus: str | None = None,
-    val_fraction: float = 0.1,
-    drop_unseen: bool = False,
-) -> TokenData:
-    """Split a UTF-8 text, first part for training, and write tokenizer and token files into `folder`.
-
-    The name of the corpus is `corpus`, or the file's own name. With `drop_unseen`, characters of the
-    validation text that the training text lacks are left out; without it they are an error.
-
-    Raises PicogptError when the text is empty, not UTF-8, of one character, or too short to split.
-    """
-    train, val = _split(text_path, val_fraction)
-    tokenizer = CharTokenizer.from_text(train)
-    known = set(tokenizer.characters)
-    unseen = Counter(character for character in val if character not in known)
-    if unseen and not drop_unseen:
-        listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
-        raise PicogptError(
-            f"{text_path}: the validation text (the last {val_fraction:.0%}) has characters that the training text lacks:"
-            f" {listed}. No model can predict them; leave them out with --drop-unseen (drop_unseen: true), or mend the text."
-        )
-    val = "".join(character for character in val if character not in unseen)
-    if len(val) < 2:
-        raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
-    parts = [tokenizer.encode(part) for part in (train, val)]
-    return _write(
-        folder, parts, tokenizer, corpus or Path(text_path).stem, sha256_file(text_path), lambda: tokenizer.save(folder)
-    )
-
-
-def tokenize_gpt2(
-    text_paths: Sequence[str | Path],
-    folder: str | Path,
-    tokenizer: GPT2Tokenizer,
-    corpus: str | None = None,
-    val_fraction: float = 0.1,
-    threads: int = 0,
-) -> TokenData:
-    """Split UTF-8 texts, the first part of each for training, and write token files of GPT-2's tokens into `folder`.
-
-    Each text is a document, or several with `<|endoftext|>` between them; in the files too that token is between them.
-    On `threads` cores, 0 for all. The name of the corpus is `corpus`, or the first file's own name.
-
-    Raises PicogptError when a text is empty, not UTF-8, or too short to split.
-    """
-    trains, vals = zip(*(_split(path, val_fraction) for path in text_paths), strict=True)
-    parts = [
-        tokenizer.encode_documents([document for text in texts for document in text.split(END_OF_TEXT)], threads)
-        for texts in (trains, vals)
-    ]
-    hashes = [sha256_file(path) for path in text_paths]
-    text_sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return _write(folder, parts, tokenizer, corpus or Path(text_paths[0]).stem, text_sha256, lambda: None)
-
-
-def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
-    """The text in two, the last `val_fraction` of its characters for validation."""
-    text = read_text(path)
-    if not text:
-        raise PicogptError(f"{path} is empty")
-    cut = int(len(text) * (1 - val_fraction))
-    if cut < 2 or len(text) - cut < 2:
-        raise PicogptError(f"{path} has {len(text)} characters: too few for a training and a validation text")
-    return text[:cut], text[cut:]
-
-
-def _write(
-    folder: str | Path,
-    parts: Sequence[np.ndarray],
-    tokenizer: Tokenizer,
-    corpus: str,
-    text_sha256: str,
-    save_tokenizer: Callable[[], None],
-) -> TokenData:
-    """Write the token files of both splits, and what else the tokenizer keeps, into `folder`."""
-    data_sha256 = hashlib.sha256(b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in parts)).hexdigest()
-    with locked(folder, "tokenizing"):
-        for split, ids in zip(SPLITS, parts, strict=True):
-            header = Header(
-                version=VERSION,
-                dtype=ids.dtype.name,
-                vocab_size=tokenizer.vocab_size,
-                count=len(ids),
-                split=split,
-                corpus=corpus,
-                text_sha256=text_sha256,
-                tokenizer_sha256=tokenizer.sha256,
-                data_sha256=data_sha256,
-            )
-            write_tokens(Path(folder) / f"{split}.bin", ids, header)
-        save_tokenizer()
-    return open_data(folder)
