@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -10,13 +11,11 @@ from picogpt.errors import PicogptError
 
 
 @click.command()
-@click.option("--size", "only_size", is_flag=True, help="Print just cpu or gpu: which settings fit this machine.")
-@click.option("--gpus", "only_gpus", is_flag=True, help="Print just the number of NVIDIA GPUs.")
-@click.option("--names", "only_names", is_flag=True, help="Print just which files of config/hardware/ fit, one a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print what a workflow asks: size (cpu or gpu), gpus, fits.")
 @click.option(
     "--draft", "only_draft", is_flag=True, help="Print a file for this machine, for config/hardware/NAME.yaml."
 )
-def hardware(only_size: bool, only_gpus: bool, only_names: bool, only_draft: bool) -> None:
+def hardware(as_json: bool, only_draft: bool) -> None:
     """Show what is here: device, the dtype that is fast on it, cores, memory; and which hardware files fit it.
 
     Where none fits, it prints a draft of one, filled in as far as it can be told.
@@ -28,14 +27,9 @@ def hardware(only_size: bool, only_gpus: bool, only_names: bool, only_draft: boo
     from picogpt import hardware as machine
     from picogpt import machines
 
-    if only_size:
-        click.echo(machine.size_of_machine())
-        return
-    if only_gpus:
-        click.echo(len(machine.nvidia_gpus()))
-        return
-    if only_names:
-        click.echo("\n".join(machines.fitting()))
+    if as_json:
+        here = {"size": machine.size_of_machine(), "gpus": len(machine.nvidia_gpus()), "fits": machines.fitting()}
+        click.echo(json.dumps(here))
         return
     if only_draft:
         click.echo(machines.draft(), nl=False)

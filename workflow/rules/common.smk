@@ -76,13 +76,6 @@ def hub_state():
     return f"reachable, after {status.stat().st_mtime:.0f}" if lines else "reachable"
 
 
-def machine_size():
-    """cpu or gpu: which settings of a model fit this machine."""
-    if config["size"] != "auto":
-        return config["size"]
-    return picogpt("hardware", "--size")
-
-
 def launch(ranks):
     """How a command that trains is started: one process for each of several devices."""
     return f"torchrun --standalone --nproc_per_node={ranks} -m picogpt" if ranks > 1 else "picogpt"
@@ -107,13 +100,14 @@ def deciding(path):
     return json.dumps({key: value for key, value in tree.items() if key != "runtime"}, sort_keys=True)
 
 
-SIZE = machine_size()
+# What is here: which settings of a model fit it, how many GPUs, which files of config/hardware/.
+HERE = json.loads(picogpt("hardware", "--json"))
+SIZE = HERE["size"] if config["size"] == "auto" else config["size"]
 CORPUS = corpus_name()
 GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
 # Several GPUs: one rank each. A plain command on one device.
-GPUS = int(picogpt("hardware", "--gpus")) if SIZE == "gpu" else 0
 BATCH = json.loads(settings("gpt2"))["train"]["batch_size"]
-RANKS = max((ranks for ranks in range(1, GPUS + 1) if BATCH % ranks == 0), default=1)
+RANKS = max((ranks for ranks in range(1, (HERE["gpus"] if SIZE == "gpu" else 0) + 1) if BATCH % ranks == 0), default=1)
 PUBLISHED = Path(workflow.basedir, "../config/published.yaml")
 
 

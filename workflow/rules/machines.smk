@@ -4,14 +4,10 @@ SHIPPED = Path(workflow.basedir, "../config/hardware")
 REFERENCE = Path(workflow.basedir, "../results/reference")
 
 
-def machines_here():
-    """What the ladder is measured on: the machines that were asked for, or those that this one fits, as arguments."""
-    asked = config["ladder"]["hardware"]
-    return picogpt("hardware", "--names").split() if asked == "auto" else asked
-
-
-# By name: what the command line calls it. A file of one's own is called by its path.
-MEASURED = {Path(argument).stem: argument for argument in machines_here()}
+# What the ladder is measured on: the machines that were asked for, or those that this one fits. By name: what the
+# command line calls it. A file of one's own is called by its path.
+ASKED = HERE["fits"] if config["ladder"]["hardware"] == "auto" else config["ladder"]["hardware"]
+MEASURED = {Path(argument).stem: argument for argument in ASKED}
 HARDWARE = sorted({path.stem for path in SHIPPED.glob("*.yaml")} | MEASURED.keys())
 
 
