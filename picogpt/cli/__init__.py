@@ -7,7 +7,7 @@ import sys
 import click
 
 from picogpt import __version__
-from picogpt.cli import about, bench, data, report, sample, train
+from picogpt.cli import about, bench, data, report, runs, sample, train
 from picogpt.errors import PicogptError, first_to_fail
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -46,6 +46,7 @@ for command in (
     sample.sample,
     sample.evaluate,
     sample.export,
+    runs.runs,
     bench.bench,
     report.report,
     report.reference,

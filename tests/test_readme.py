@@ -1,0 +1,286 @@
+"""Every command in README.md, run as it is written there, in order, in one folder, with small settings.
+
+The commands are read out of the page: fenced blocks line by line, and in the text what stands between backticks and
+begins with the name of a program. One that can neither be run nor is known to SUBSTITUTIONS or INSTEAD fails.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import socket
+import string
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import hub
+import pytest
+import yaml
+from conftest import ROOT, text_of_words
+from safetensors.torch import save
+from test_pretrained import CONFIG, REVISION, openai_names, small
+from test_workflow import SMALL, SNAKEMAKE
+
+BIN = Path(sys.executable).parent
+PROGRAMS = ("make", "picogpt", "pip", "pixi", "python", "snakemake", "torchrun")
+NO_COMMANDS = ("csv", "json", "text", "yaml")
+"""Languages of fenced blocks that hold something else."""
+TIMEOUT_S = 600
+
+
+class Command(NamedTuple):
+    line: int
+    text: str
+
+    @property
+    def program(self) -> str:
+        """Its first word; of a virtual environment or of a variable before it the rest is left out."""
+        words = [word for word in shlex.split(self.text) if not re.match(r"[A-Z_]+=", word)]
+        return words[0].removeprefix(".venv/bin/")
+
+
+def commands(page: str) -> list[Command]:
+    """All commands of a page, in order, each once."""
+    first: dict[str, Command] = {}
+    for command in sorted([*_fenced(page), *_inline(page)], key=lambda command: command.line):
+        first.setdefault(command.text, command)
+    return list(first.values())
+
+
+def _fenced(page: str) -> Iterator[Command]:
+    for block in re.finditer(r"^ *```(.*)\n((?:.*\n)*?) *```$", page, re.MULTILINE):
+        if block[1] in NO_COMMANDS or _is_listing(block[2]):
+            continue
+        line = page.count("\n", 0, block.start()) + 2
+        for text in re.split(r"(?<!\\)\n", block[2].rstrip()):
+            whole = re.sub(r"\s*\\\n\s*", " ", text).strip()
+            # What stands two spaces behind a command, or after a number sign, explains it.
+            command = re.split(r"\s{2,}|(?:^|\s)#\s", whole)[0].removeprefix("$ ")
+            if command:
+                yield Command(line, command)
+            line += text.count("\n") + 1
+
+
+def _is_listing(block: str) -> bool:
+    """Whether a block shows files: it begins with a folder, or with a file that has a suffix, of this repository."""
+    first = block.split(maxsplit=1)[0]
+    return (first.endswith("/") or Path(first).suffix != "") and (ROOT / first).exists()
+
+
+def _inline(page: str) -> Iterator[Command]:
+    prose = re.sub(r"^ *```.*?^ *```$", lambda block: "\n" * block[0].count("\n"), page, flags=re.MULTILINE | re.DOTALL)
+    for span in re.finditer(r"`([^`]+)`", prose):
+        command = Command(prose.count("\n", 0, span.start()) + 1, " ".join(span[1].split()))
+        if " " in command.text and command.text.split()[0].removeprefix(".venv/bin/") in PROGRAMS:
+            yield command
+
+
+def newest_run(word: re.Match[str]) -> str:
+    """The path with the newest run in the place of RUN or of a time stamp; where that stands alone, the run's name."""
+    alone = "/" not in word[0]
+    pattern = "weights/*/[0-9]*_[0-9]*" if alone else re.sub(RUN, "*", word[0])
+    found = [path for path in Path().glob(pattern) if not (alone and path.parent.name.endswith("_tokenizer"))]
+    assert found, f"nothing here stands for {word[0]}"
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    return newest.name if alone else str(newest)
+
+
+def free_port(match: re.Match[str]) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"{match[1]}{probe.getsockname()[1]}"
+
+
+RUN = r"\b(?:RUN|\d{8}_\d{6})\b"
+SUBSTITUTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...] = (
+    (rf"[\w/.-]*{RUN}[\w/.-]*", newest_run, "a run made by hand is called by the time at which it began"),
+    (r"\bCOMMAND\b", "train", "stands for any of them"),
+    (r"\bHOST\b", "127.0.0.1", "this machine is all nodes"),
+    (r"(--master_port=)\d+", free_port, "another job may hold that port here"),
+    (r"(--nnodes=2 --nproc_per_node=)\d+", r"\g<1>1", "eight ranks on two cores take a minute to start"),
+    (r"(--steps |train\.steps=)\d+", r"\g<1>2", "so many steps take minutes, even of a small model"),
+)  # fmt: skip
+
+
+def plan_of_make(command: Command) -> None:
+    done = subprocess.run(["make", "-n", *shlex.split(command.text)[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def task_of_pixi(command: Command) -> None:
+    known = re.fullmatch(r"pixi run (?:-e (?P<environment>\S+) )?(?P<task>\S+)", command.text)
+    assert known, "only `pixi run` is known here"
+    project = tomllib.loads((ROOT / "pixi.toml").read_text())
+    assert known["task"] in project["tasks"]
+    assert (known["environment"] or "default") in project["environments"]
+
+
+def entry_point(command: Command) -> None:
+    assert command.text == "pip install -e ."
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {"picogpt": "picogpt.cli:main"}
+
+
+INSTEAD: dict[str, tuple[Callable[[Command], None], str]] = {
+    "make": (plan_of_make, "the recipes install packages, and run this test; what they run after that is run by other tests"),
+    "pixi": (task_of_pixi, "it wants the package channels of conda"),
+    "pip": (entry_point, "it would change the environment in which the tests run"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the source tree with small settings and a small text, a hub with small weights, and a user's text."""
+    tree = tmp_path / "picogpt"
+    for part in ("picogpt", "config", "workflow"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / part, tree)
+    for path in (tree / "config/models").glob("*.yaml"):
+        rewrite(path, smaller)
+    rewrite(tree / "config/config.yaml", lambda settings: {**settings, **SMALL})
+
+    text = string.ascii_letters + string.digits + string.punctuation + "\n" + text_of_words(3000)
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/tinyshakespeare.txt").write_text(text)
+    asset = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    rewrite(tree / "config/assets.yaml", lambda all: {**all, "tinyshakespeare": {**all["tinyshakespeare"], **asset}})
+    (tree / "my.txt").write_text(text_of_words(1600))
+    shutil.copytree(gpt2_resources, tree / "resources")
+
+    (tree / ".venv").mkdir()
+    (tree / ".venv/bin").symlink_to(BIN)
+    with hub.running() as running:
+        rewrite(tree / "config/pretrained.yaml", lambda registry: serve_small(registry, running))
+        monkeypatch.chdir(tree)
+        monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+        monkeypatch.setenv("PYTHONPATH", str(tree))
+        monkeypatch.setenv("PICOGPT_MIRROR", str(tmp_path / "mirror"))
+        monkeypatch.setenv("HF_ENDPOINT", running.address)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two ranks run on any machine's CPU
+        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # so small, most of the work would be waiting in a loop
+        yield tree
+
+
+def rewrite(path: Path, change: Callable[[dict], dict]) -> None:
+    path.write_text(yaml.safe_dump(change(yaml.safe_load(path.read_text()))))
+
+
+def smaller(settings: dict) -> dict:
+    """The same model, very small, for a few steps."""
+    model, train = settings["model"], settings["train"]
+    if model["kind"] != "char-bigram":
+        model |= {"n_layer": CONFIG.n_layer, "n_head": CONFIG.n_head, "n_embd": CONFIG.n_embd}
+    if model["kind"] != "gpt2":  # which has the context of OpenAI's weights
+        model["block_size"] = 16
+    train = {key: value for key, value in train.items() if key not in ("epochs", "micro_batch_size")}
+    train |= {"steps": 2, "batch_size": 2, "warmup_steps": 1, "eval_interval": 100, "optimizer": "adamw"}
+    return {"model": model, "train": train, "runtime": {"compile": "off", "threads": 1}}
+
+
+def serve_small(registry: dict, running: hub.Hub) -> dict:
+    """Put small weights on the hub for each of OpenAI's; returns the registry that fits them."""
+    content = save(openai_names(small()))
+    shape = {"n_layer": CONFIG.n_layer, "n_head": CONFIG.n_head, "n_embd": CONFIG.n_embd}
+    for entry in registry.values():
+        entry |= {"revision": REVISION, "sha256": hashlib.sha256(content).hexdigest(), **shape}
+        running.files[f"{entry['repository']}/{REVISION}/model.safetensors"] = content
+    return registry
+
+
+def run(command: Command) -> None:
+    """Run it, or what stands for it here; on all its nodes where it has several."""
+    if command.program in INSTEAD:
+        INSTEAD[command.program][0](command)
+        return
+    assert command.program in PROGRAMS, "nobody knows how to run this: see SUBSTITUTIONS and INSTEAD in this file"
+    text = command.text
+    for pattern, replacement, _ in SUBSTITUTIONS:
+        text = re.sub(pattern, replacement, text)
+    nodes = int(re.search(r"--nnodes=(\d+)|$", text)[1] or 1)
+    lines = [text.replace("--node_rank=0", f"--node_rank={node}") for node in range(nodes)]
+    started = [start(line) for line in lines]
+    try:
+        for line, process in zip(lines, started, strict=True):
+            out, err = process.communicate(timeout=TIMEOUT_S)
+            assert process.returncode == 0, f"{line}\n{out[-2000:]}{err[-4000:]}"
+            assert "Traceback" not in err, f"{line}\n{err[-4000:]}"
+    finally:
+        for process in started:
+            process.terminate()  # torchrun ends its ranks
+            process.wait()
+
+
+def start(line: str) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(["bash", "-euo", "pipefail", "-c", line], text=True, **pipes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow]'")
+def test_every_command_of_the_readme_works(tree: Path):
+    for command in commands((ROOT / "README.md").read_text()):
+        began = time.monotonic()
+        try:
+            run(command)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            pytest.fail(f"README.md, line {command.line}: {command.text}\n{error}")
+        print(f"{time.monotonic() - began:5.1f} s  line {command.line}: {command.text}")
+
+
+PAGE = """
+Of two `make report` and `picogpt`, one is a command, and so is `picogpt
+runs`, but not `config/models/`.
+
+```
+make report      set up, then run
+A=b picogpt sample gpt2 \\
+    --prompt "ROMEO:"  # and so on
+curl https://somewhere
+```
+
+```
+config/            what to run
+picogpt            is no command here
+```
+
+```yaml
+picogpt: settings
+```
+"""
+
+
+def test_commands_are_told_from_the_rest_of_a_page():
+    found = [(command.line, command.program, command.text) for command in commands(PAGE)]
+    assert found == [
+        (2, "make", "make report"),
+        (2, "picogpt", "picogpt runs"),
+        (7, "picogpt", 'A=b picogpt sample gpt2 --prompt "ROMEO:"'),
+        (9, "curl", "curl https://somewhere"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("curl https://somewhere", "nobody knows how to run this"),
+        ("make frobnicate", "frobnicate"),
+        ("pixi run frobnicate", "frobnicate"),
+        ("pixi run -e tpu report", "tpu"),
+        ("pip install picogpt", "picogpt"),
+        ("picogpt frobnicate", "No such command"),
+        ("picogpt sample gpt2 --ckpt weights/gpt2/RUN/best.pt", "nothing here stands for weights/gpt2/RUN/best.pt"),
+    ],
+)
+def test_a_wrong_command_is_found_out(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+    with pytest.raises(AssertionError, match=message):
+        run(Command(1, text))

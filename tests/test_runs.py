@@ -1,0 +1,179 @@
+"""The list of trainings and the comparison of two, on runs that the command line has trained."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--set=model.block_size=16", "--set=train.eval_interval=5")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A folder with two runs of a bigram."""
+    folder = tmp_path_factory.mktemp("runs")
+    script = f"""
+picogpt tokenize char --text {corpus} --run words
+picogpt train char-bigram --run short --steps 10 {" ".join(SMALL)}
+picogpt train char-bigram --run long --steps 20 {" ".join(SMALL)}
+"""
+    script = script.replace("picogpt ", f"{sys.executable} -m picogpt ")
+    subprocess.run(["bash", "-ec", script], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def weights(trained: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change; the working folder of the command line is around it."""
+    return Path(shutil.copytree(trained / "weights", tmp_path / "weights"))
+
+
+def age(record: Path, created: str) -> None:
+    """Let a record be from another time."""
+    tree = json.loads(record.read_text())
+    record.write_text(json.dumps({**tree, "created": created}))
+
+
+def begin(folder: Path, metrics: str) -> None:
+    """A run that was stopped, or still goes on."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/metrics.jsonl").write_text(metrics)
+
+
+def test_both_layouts_are_listed_the_newest_first(picogpt, weights: Path):
+    age(weights / "char_bigram/short/record.json", "2026-01-02T03:04:05+00:00")
+    age(weights / "char_bigram/long/record.json", "2026-01-02T03:04:04+00:00")
+    shutil.copytree(weights / "char_bigram/short", weights / "gpt2/mine/words")
+    age(weights / "gpt2/mine/words/record.json", "2026-01-02T03:04:06+00:00")
+    run = picogpt("runs")
+    assert (run.status, run.err) == (0, "")
+    header, *lines = run.out.splitlines()
+    assert header.split("  ")[0] == "run"
+    assert [line.split()[0] for line in lines] == ["mine", "short", "long"]
+    assert {line.index("char-bigram") for line in lines} == {header.index("model")}
+    record = json.loads((weights / "char_bigram/long/record.json").read_text())
+    results, line = record["results"], lines[2].split()
+    assert line[1:4] == ["char-bigram", "words", f"{results['parameters']:,}"]
+    assert line[4:7] == ["20", f"({results['epochs']:.2f})", f"{results['best_val_loss']:.4f}"]
+    assert record["device"]["name"] in lines[2]
+
+
+def test_a_run_that_is_not_finished_says_how_far_it_came(picogpt, weights: Path):
+    rows = [{"step": 0, "val_loss": 4.0}, {"step": 5, "epoch": 0.5, "val_loss": 3.0}, {"step": 7, "val_loss": 3.5}]
+    begin(weights / "gpt2/stopped/words", "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "val')
+    (weights / "char_transformer/begun/checkpoints").mkdir(parents=True)
+    lines = {line.split()[0]: line for line in picogpt("runs").out.splitlines()}
+    assert "unfinished: 7 (0.50)    3.0000" in lines["stopped"]
+    assert lines["stopped"].split()[1:3] == ["gpt2", "words"]
+    assert "unfinished: no step" in lines["begun"]
+    assert "unfinished" not in lines["long"]
+
+
+def test_the_list_for_machines_and_for_one_model(picogpt, weights: Path):
+    begin(weights / "gpt2/stopped/words", "")
+    listed = json.loads(picogpt("runs", "--json").out)
+    assert {(run["name"], run["finished"]) for run in listed} == {("stopped", False), ("short", True), ("long", True)}
+    results = json.loads((weights / "char_bigram/short/record.json").read_text())["results"]
+    short = next(run for run in listed if run["name"] == "short")
+    for key in ("parameters", "steps", "epochs", "best_val_loss", "tokens_per_second", "train_seconds"):
+        assert short[key] == results[key]
+    assert [run["folder"] for run in json.loads(picogpt("runs", "--model", "gpt2", "--json").out)] == [
+        "weights/gpt2/stopped/words"
+    ]
+    nothing = picogpt("runs", "--model", "char-transformer")
+    assert (nothing.status, nothing.out) == (0, "")
+    assert "picogpt train makes one" in nothing.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:100], "is not a result record"),
+        (lambda text: text.replace('"steps": 10', '"stepz": 10'), "steps missing"),
+        (lambda text: text.replace('"parameters": ', '"parameters": "x'), "is not a result record"),
+        (lambda text: text.replace('"created": "', '"created": "once '), "date="),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema version 9"),
+        (lambda text: text.replace('"train char-bigram"', '"weights"'), "not of a training"),
+        (lambda text: "[]", "missing"),
+    ],
+)
+def test_a_damaged_record_is_named_and_the_others_are_listed(picogpt, weights: Path, damage, message: str):
+    record = weights / "char_bigram/short/record.json"
+    text = record.read_text()
+    record.write_text(damage(text))
+    assert record.read_text() != text
+    for arguments in ([], ["--json"]):
+        run = picogpt("runs", *arguments)
+        assert run.status == 1
+        assert "long" in run.out
+        assert "weights/char_bigram/short/record.json" in run.err
+        assert message in run.err
+
+
+def test_the_difference_is_all_that_is_shown(picogpt, weights: Path):
+    record = weights / "char_bigram/short/record.json"
+    tree = json.loads(record.read_text())
+    tree["software"]["torch"], tree["commit"] = "2.11.0", "0123456789" * 4
+    tree["results"]["best_val_loss"] = 1234.5
+    longer = json.loads((weights / "char_bigram/long/record.json").read_text())["results"]["best_val_loss"]
+    record.write_text(json.dumps(tree))
+    shown = picogpt("runs", "diff", "short", "weights/char_bigram/long").out
+    lines = {line.split()[0]: line.split()[1:] for line in shown.splitlines()}
+    assert shown.split()[:3] == ["weights/char_bigram/short", "weights/char_bigram/long", "difference"]
+    assert lines["train.steps"] == ["10", "20", "+10"]
+    assert lines["torch"][0] == "2.11.0"
+    assert lines["commit"][0] == "012345678901"
+    assert lines["best_val_loss"] == ["1,234.5", f"{longer:.7g}", f"{longer - 1234.5:+,.7g}"]
+    assert not {"corpus", "device", "train.seed", "model.kind", "parameters", "created"} & set(lines)
+
+
+def test_it_says_so_where_nothing_or_only_the_result_differs(picogpt, weights: Path):
+    copy = Path(shutil.copytree(weights / "char_bigram/short", weights / "char_bigram/again"))
+    age(copy / "record.json", "2026-01-02T03:04:05+00:00")
+    run = picogpt("runs", "diff", "short", "again")
+    assert (run.status, run.out) == (0, "weights/char_bigram/short and weights/char_bigram/again: nothing differs\n")
+    tree = json.loads((copy / "record.json").read_text())
+    tree["results"]["train_seconds"] += 1
+    (copy / "record.json").write_text(json.dumps(tree))
+    shown = picogpt("runs", "diff", "short", "again").out.splitlines()
+    assert shown[1:2] == ["results"]
+    assert shown[2].split()[-1] == "+1"
+    assert shown[3:] == ["the same settings, corpus, device, software and execution"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["diff", "shirt", "long"], 2, "no run is called shirt; there are: char_bigram/long, char_bigram/short, gpt2/short"),
+        (["diff", "short", "long"], 2, "several runs are called short: char_bigram/short, gpt2/short/words"),
+        (["diff", "char_bigram", "long"], 2, "no run is called char_bigram"),
+        (["diff", "gpt2/short", "long"], 1, "weights/gpt2/short/words is not finished"),
+        (["diff", "short/words", "long"], 1, "weights/gpt2/short/words is not finished"),
+        (["diff", "long"], 2, "SECOND"),
+        (["--json", "diff", "long", "long"], 2, "leave them out before diff"),
+        (["--model", "gpt-17"], 2, "'char-bigram', 'char-transformer'"),
+    ],
+)  # fmt: skip
+def test_a_name_that_does_not_say_which_is_one_message(picogpt, weights: Path, arguments, status: int, message: str):
+    begin(weights / "gpt2/short/words", "")
+    run = picogpt("runs", *arguments)
+    assert (run.status, run.out) == (status, "")
+    assert message in run.err
+
+
+def test_without_any_training_it_says_how_to_make_one(picogpt):
+    assert (picogpt("runs").status, picogpt("runs", "--json").out) == (0, "[]\n")
+    run = picogpt("runs", "diff", "a", "b")
+    assert (run.status, "picogpt train makes one" in run.err) == (2, True)
+
+
+def test_neither_needs_torch(weights: Path):
+    script = "import sys; from picogpt import cli; cli.cli(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
+    for arguments in (["runs"], ["runs", "diff", "short", "long"]):
+        command = [sys.executable, "-c", script, *arguments]
+        run = subprocess.run(command, cwd=weights.parent, capture_output=True, text=True, check=True, env=os.environ)
+        assert run.stdout.endswith("False\n")
