@@ -24,8 +24,11 @@ import pytest
 import yaml
 from conftest import ROOT, text_of_words
 from safetensors.torch import save
+from test_fineweb import hub_path, parquet, registered
 from test_pretrained import CONFIG, REVISION, openai_names, small
 from test_workflow import SMALL, SNAKEMAKE
+
+from picogpt.data import fineweb
 
 BIN = Path(sys.executable).parent
 PROGRAMS = ("make", "picogpt", "pip", "pixi", "python", "snakemake", "torchrun")
@@ -143,7 +146,10 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
         shutil.copy(ROOT / part, tree)
     for path in (tree / "config/models").glob("*.yaml"):
         rewrite(path, smaller)
-    rewrite(tree / "config/config.yaml", lambda settings: {**settings, **SMALL})
+    ladder = {"ladder": {**SMALL["ladder"], "hardware": "auto"}}
+    rewrite(tree / "config/config.yaml", lambda settings: {**settings, **SMALL, **ladder})
+    few = {"block_size": 16, "steps": 3, "rungs": ["baseline", "fused_loss"]}
+    rewrite(tree / "config/hardware/cpu.yaml", lambda machine: {**machine, **few})
 
     text = string.ascii_letters + string.digits + string.punctuation + "\n" + text_of_words(3000)
     (tmp_path / "mirror").mkdir()
@@ -157,6 +163,7 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
     (tree / ".venv/bin").symlink_to(BIN)
     with hub.running() as running:
         rewrite(tree / "config/pretrained.yaml", lambda registry: serve_small(registry, running))
+        rewrite(tree / "config/fineweb.yaml", lambda registry: serve_shards(running))
         monkeypatch.chdir(tree)
         monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
         monkeypatch.setenv("PYTHONPATH", str(tree))
@@ -192,6 +199,14 @@ def serve_small(registry: dict, running: hub.Hub) -> dict:
         entry |= {"revision": REVISION, "sha256": hashlib.sha256(content).hexdigest(), **shape}
         running.files[f"{entry['repository']}/{REVISION}/model.safetensors"] = content
     return registry
+
+
+def serve_shards(running: hub.Hub) -> dict:
+    """Put small shards on the hub for FineWeb-Edu's; returns the registry that fits them."""
+    # Of the first one, a thousand documents are for validation.
+    contents = [parquet([text_of_words(80)] * count) for count in (1200, 200, 100)]
+    running.files.update({hub_path(number): content for number, content in enumerate(contents)})
+    return {fineweb.NAME: registered(contents).model_dump(mode="json")}
 
 
 def run(command: Command) -> None:

@@ -147,12 +147,14 @@ class Rung:
             ids = [world.local_rank] if device.kind == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
 
-    def step(self, number: int, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """One optimizer step on inputs and targets (B, T) of this rank; returns its mean loss, on the device."""
         parts = list(zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True))
         total = torch.zeros((), device=inputs.device)
         for index, (x, y) in enumerate(parts):
             alone = isinstance(self.forward, DistributedDataParallel) and index < len(parts) - 1
+            if self.device.kind == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()  # graphs may use the memory of the step before
             with self.forward.no_sync() if alone else nullcontext():
                 autocast = torch.autocast(self.device.kind, torch.bfloat16, enabled=self.setup.bfloat16)
                 with autocast, hardware.attention(self.device) if self.setup.best_backend else nullcontext():
@@ -267,7 +269,7 @@ def _climb(
         inputs, targets = (torch.from_numpy(array).to(device.torch_name) for array in arrays)
         _synchronize(device)
         began = time.perf_counter()
-        loss = climber.step(number, inputs, targets)
+        loss = climber.step(inputs, targets)
         _synchronize(device)
         return time.perf_counter() - began, world.mean(loss).item()
 
