@@ -19,7 +19,7 @@ report: $(READY)
 	$(BIN)/snakemake
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import random
 import sys
 import threading
@@ -12,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+# Several tests at once, each with several threads: those that wait must not keep a core busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from picogpt import cli
 from picogpt.config import Experiment
