@@ -114,6 +114,9 @@ class Trainer:
             self._resume(replace)
             if self.world.size > 1:
                 self.forward = self._distributed(self.forward)
+                # The wrapper goes before the ranks part. It would end gloo's thread while holding Python's lock, and
+                # that thread may be waiting for the lock.
+                held.callback(setattr, self, "forward", self.model)
             bar = Training(self.experiment.model.kind, self.total_steps, self.progress.step, shown=self.world.first)
             with bar, hardware.attention(self.device):
                 self._loop(bar, stop, self._writer(held))
