@@ -5,6 +5,7 @@ killed there, once), die0:STEP (rank 0), nan:STEP (the loss of rank 1 is not a n
 or compile (with torch.compile).
 """
 
+import gc
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from conftest import SMALL_RUNTIME
+from torch.nn.parallel import DistributedDataParallel
 
 from picogpt import cli
 from picogpt.config import Experiment
@@ -45,6 +47,8 @@ def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
 
         trainer._step = unlucky  # type: ignore[method-assign]
         trainer.run()
+        # A wrapper that outlived the run would take the process group with it, and with that now and then this rank.
+        assert not any(type(each) is DistributedDataParallel for each in gc.get_objects())
 
 
 if __name__ == "__main__":

@@ -131,9 +131,12 @@ class Rung:
         model = models.build(config, vocab_size, TRAIN.seed).to(device.torch_name)
         assert isinstance(model, GPT2)
         model.loss = setup.loss
+        attention = setup.attention
+        if setup.compile and attention is attend and device.kind == "cpu":
+            attention = torch.compiler.disable(attend)  # inside a graph it would be torch's own kernel
         for module in model.modules():
             if isinstance(module, Attention):
-                module.attend = setup.attention
+                module.attend = attention
         if setup.fused_optimizer:
             self.optimizer: Any = Optimizer(model, TRAIN, total_steps=1)
         else:
@@ -142,7 +145,7 @@ class Rung:
             )
         self.flops_per_token = model.flops_per_token()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.forward: Any = torch.compile(model, mode=setup.compile) if setup.compile else model
+        self.forward: Any = models.compiled(model, setup.compile) if setup.compile else model
         if world.size > 1:
             ids = [world.local_rank] if device.kind == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from picogpt.config import CharBigramConfig, CharTransformerConfig, Experiment, GPT2Config, ModelConfig
@@ -10,6 +12,7 @@ from picogpt.models.bigram import CharBigram
 from picogpt.models.char_transformer import CharTransformer
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel
+from picogpt.models.loss import linear_cross_entropy
 
 
 def build(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
@@ -21,6 +24,17 @@ def build(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
         if isinstance(config, CharTransformerConfig):
             return CharTransformer(config, vocab_size)
         return GPT2(config, vocab_size)
+
+
+def compiled(model: LanguageModel, mode: str | None = None) -> Callable[..., torch.Tensor]:
+    """`model` under torch.compile, for training; `mode` as torch names it.
+
+    GPT-2's own loss stays outside the graphs: its loops would be unrolled into one that takes minutes to compile. It is
+    not marked where it is defined, because the mark costs two seconds at every start.
+    """
+    if isinstance(model, GPT2) and model.loss is linear_cross_entropy:
+        model.loss = torch.compiler.disable(linear_cross_entropy)
+    return torch.compile(model, mode=mode)
 
 
 def initial(experiment: Experiment, vocab_size: int) -> LanguageModel:

@@ -24,14 +24,10 @@ def attend(
     if cache is not None:
         k, v = cache.update(layer, k, v)
         return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=cache.mask, is_causal=cache.causal)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and not dropout:
-        return _blocked_attention(q, k, v)
+    eager = not torch.compiler.is_compiling()
+    if eager and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and not dropout:
+        return BlockedAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-
-
-@torch.compiler.disable  # its loop would be unrolled, and the matrix products in it are what counts
-def _blocked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return BlockedAttention.apply(q, k, v)
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -14,7 +14,6 @@ COLUMNS = 64
 """Matrix units are fed whole: the vocabulary is rounded up to a multiple of this inside the product."""
 
 
-@torch.compiler.disable  # its loops would be unrolled into a graph that takes minutes to compile
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy, in nats, of the logits x weight' against `targets`; a float32 scalar.
 

@@ -104,7 +104,7 @@ class Trainer:
         # The raw module is the one that is evaluated, sampled and saved; the others share its weights.
         self.forward: Callable[..., torch.Tensor] = self.model
         if self.runtime.compile != "off":
-            self.forward = torch.compile(self.model)
+            self.forward = models.compiled(self.model)
         self.compiled = self.forward is not self.model
         self.progress = Progress()
         self._losses: list[torch.Tensor] = []  # of the steps since the last reading, on the device
@@ -122,6 +122,9 @@ class Trainer:
             self._resume(replace)
             if self.world.size > 1:
                 self.forward = self._distributed(self.forward)
+                # The wrapper goes before the ranks part. It would end gloo's thread while holding Python's lock, and
+                # that thread may be waiting for the lock.
+                held.callback(setattr, self, "forward", self.model)
             bar = Training(self.experiment.model.kind, self.total_steps, self.progress.step, shown=self.world.first)
             with bar, hardware.attention(self.device):
                 self._loop(bar, stop, self._writer(held))
