@@ -112,7 +112,12 @@ rule page:
         texts=["media/char_transformer_sample.txt", f"media/gpt2_{CORPUS}_sample.txt"],
         template=Path(workflow.basedir, "report/report.md.j2"),
     output:
-        "results/report.md",
+        report(
+            "results/report.md",
+            caption="../report/page.rst",
+            category="comparison",
+            labels={"model": "all", "artifact": "write-up"},
+        ),
     log:
         "logs/page.log",
     conda:
