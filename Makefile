@@ -19,7 +19,7 @@ report: $(READY)
 	$(BIN)/snakemake
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check

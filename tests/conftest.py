@@ -25,6 +25,8 @@ from picogpt.data.tokens import TokenData
 
 ROOT = Path(__file__).resolve().parent.parent
 
+LONGEST = ("test_workflow.py", "test_readme.py", "test_slurm.py", "test_fineweb.py")
+
 SMALL_MODEL = {"kind": "char-transformer", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1}
 SMALL_TRAIN = {
     "dtype": "float32",
@@ -86,6 +88,11 @@ def tokens(tokens_folder: Path) -> TokenData:
     from picogpt.data.corpus import open_data
 
     return open_data(tokens_folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take minutes, so that no core waits for the last one."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ SUBSTITUTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...]
     (r"\bHOST\b", "127.0.0.1", "this machine is all nodes"),
     (r"(--master_port=)\d+", free_port, "another job may hold that port here"),
     (r"(--nnodes=2 --nproc_per_node=)\d+", r"\g<1>1", "eight ranks on two cores take a minute to start"),
+    (r"(--config corpus=my\.txt)$", r"\1 media/char_bigram_loss.png", "all of it takes minutes; test_workflow.py makes it"),
     (r"(--steps |train\.steps=)\d+", r"\g<1>2", "so many steps take minutes, even of a small model"),
 )  # fmt: skip
 
@@ -204,7 +205,7 @@ def serve_small(registry: dict, running: hub.Hub) -> dict:
 def serve_shards(running: hub.Hub) -> dict:
     """Put small shards on the hub for FineWeb-Edu's; returns the registry that fits them."""
     # Of the first one, a thousand documents are for validation.
-    contents = [parquet([text_of_words(80)] * count) for count in (1200, 200, 100)]
+    contents = [parquet([text_of_words(16)] * count) for count in (1200, 200, 100)]
     running.files.update({hub_path(number): content for number, content in enumerate(contents)})
     return {fineweb.NAME: registered(contents).model_dump(mode="json")}
 

@@ -35,6 +35,13 @@ def cli() -> None:
       picogpt sample gpt2 --prompt "ROMEO:"
       picogpt sample gpt2-pretrained --prompt "The meaning of life is"
 
+    What was trained, what is here, and what each optimization buys on it:
+
+    \b
+      picogpt runs
+      picogpt hardware
+      picogpt bench train --hardware cpu --rung flash
+
     `make report` runs all of it, and writes every figure and table.
     """
 
