@@ -26,7 +26,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -49,7 +49,7 @@ OverTimeLimit=0
 ReturnToService=2
 GresTypes=gpu
 {nodes}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+{partitions}
 """
 
 
@@ -66,12 +66,11 @@ class Cluster:
     """Where it is, and how to ask it."""
 
     folder: Path
-    nodes: tuple[str, ...]
 
     @property
     def environment(self) -> dict[str, str]:
         """With this every SLURM command means this cluster."""
-        return {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        return {"PATH": f"{self.folder}/bin:{PATH}", "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def ask(self, *command: str) -> str:
         """What a SLURM command answers."""
@@ -95,22 +94,32 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(folder: Path, nodes: tuple[str, ...] = ("node1", "node2")) -> Iterator[Cluster]:
-    """Start the daemons, wait until every node is idle; at the end stop what was started."""
-    cluster = Cluster(folder, nodes)
+def running(folder: Path, partitions: dict[str, tuple[str, ...]]) -> Iterator[Cluster]:
+    """Start the daemons, a node each for the names in `partitions`; at the end stop what was started."""
+    cluster, nodes = Cluster(folder), [node for names in partitions.values() for node in names]
     host, ports = socket.gethostname().partition(".")[0], free_ports(1 + len(nodes))
     for name in ("munge", "state", *(f"spool/{node}" for node in nodes)):
         (folder / name).mkdir(parents=True)
     (folder / "munge/key").write_bytes(secrets.token_bytes(128))
     (folder / "munge/key").chmod(0o400)
-    resources = f"CPUs=4 RealMemory=200000 Gres=gpu:h100:{len(DEVICES)} State=UNKNOWN"
+    resources = f"CPUs=32 RealMemory=200000 Gres=gpu:h100:{len(DEVICES)} State=UNKNOWN"
     lines = [
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {resources}"
         for node, port in zip(nodes, ports[1:], strict=True)
     ]
-    configuration = CONFIGURATION.format(host=host, ports=ports, folder=folder, nodes="\n".join(lines))
+    parts = [
+        f"PartitionName={name} Nodes={','.join(names)} Default={'YES' if name == next(iter(partitions)) else 'NO'} State=UP"
+        for name, names in partitions.items()
+    ]
+    configuration = CONFIGURATION.format(
+        host=host, ports=ports, folder=folder, nodes="\n".join(lines), partitions="\n".join(parts)
+    )
     (folder / "slurm.conf").write_text(configuration)
     (folder / "gres.conf").write_text("".join(f"Name=gpu Type=h100 File={device}\n" for device in DEVICES))
+    # Inside of a job the plugin takes SLURM_CONF away from srun, which elsewhere needs none.
+    (folder / "bin").mkdir()
+    (folder / "bin/srun").write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
+    (folder / "bin/srun").chmod(0o755)
     munged = [
         "munged", "--foreground", "--force", "--num-threads=2",
         f"--key-file={folder}/munge/key", f"--socket={folder}/munge/socket", f"--pid-file={folder}/munge/pid",
