@@ -46,10 +46,25 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2
 MinJobAge=300
 KillWait=10
 OverTimeLimit=0
-ReturnToService=2
+ReturnToService=0
 GresTypes=gpu
+JobSubmitPlugins=lua
 {nodes}
 {partitions}
+"""
+
+# As on clusters that bill: no job without an account, in one of the partitions.
+SUBMIT = """\
+function slurm_job_submit(job, partitions, user)
+  if job.partition == "billed" and job.account == nil then
+    slurm.log_user("partition billed takes no job without an account")
+    return slurm.ERROR
+  end
+  return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, user)
+  return slurm.SUCCESS
+end
 """
 
 
@@ -74,7 +89,9 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         """What a SLURM command answers."""
-        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **self.environment}, timeout=60)
+        run = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **self.environment}, timeout=60
+        )
         if run.returncode:
             raise RuntimeError(f"{' '.join(command)}: {run.stderr or run.stdout}\n{self.logs()}")
         return run.stdout.strip()
@@ -96,7 +113,8 @@ def free_ports(count: int) -> list[int]:
 @contextmanager
 def running(folder: Path, partitions: dict[str, tuple[str, ...]]) -> Iterator[Cluster]:
     """Start the daemons, a node each for the names in `partitions`; at the end stop what was started."""
-    cluster, nodes = Cluster(folder), [node for names in partitions.values() for node in names]
+    cluster = Cluster(folder)
+    nodes = list(dict.fromkeys(node for names in partitions.values() for node in names))
     host, ports = socket.gethostname().partition(".")[0], free_ports(1 + len(nodes))
     for name in ("munge", "state", *(f"spool/{node}" for node in nodes)):
         (folder / name).mkdir(parents=True)
@@ -116,6 +134,7 @@ def running(folder: Path, partitions: dict[str, tuple[str, ...]]) -> Iterator[Cl
     )
     (folder / "slurm.conf").write_text(configuration)
     (folder / "gres.conf").write_text("".join(f"Name=gpu Type=h100 File={device}\n" for device in DEVICES))
+    (folder / "job_submit.lua").write_text(SUBMIT)
     # Inside of a job the plugin takes SLURM_CONF away from srun, which elsewhere needs none.
     (folder / "bin").mkdir()
     (folder / "bin/srun").write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')

@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import cluster as slurm
@@ -20,6 +19,7 @@ from test_workflow import BOX, NO_HUB, SMALL, SNAKEMAKE
 from picogpt import records
 from picogpt.data import fineweb
 from picogpt.data.bpe import GPT2Tokenizer
+from picogpt.data.tokens import tokenize_chars
 from picogpt.train import checkpoint
 
 pytestmark = [
@@ -29,6 +29,7 @@ pytestmark = [
 ]
 # Two nodes each, so that tests that go on side by side do not meet.
 PARTITIONS = {name: (f"{name}1", f"{name}2") for name in ("gpu", "limit", "cancel", "down")}
+TRAIN = [*TINY, "train.steps=40", "train.eval_interval=40"]
 ONE_RUNG = {**BOX, "rungs": ["baseline"]}
 MACHINES = {
     "box": ONE_RUNG,
@@ -45,7 +46,12 @@ class Pipeline:
 
     def __init__(self, cluster: Cluster, prepared: Path, folder: Path, partition: str, **changes: object):
         self.folder = Path(shutil.copytree(prepared, folder))
-        self.environment = {**os.environ, **NO_HUB, **cluster.environment, "PYTHONPATH": f"{ROOT / 'tests/slow'}:{ROOT}"}
+        self.environment = {
+            **os.environ,
+            **NO_HUB,
+            **cluster.environment,
+            "PYTHONPATH": f"{ROOT / 'tests/slow'}:{ROOT}",
+        }
         profile = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
         profile["default-resources"]["slurm_partition"] = partition
         del profile["default-resources"]["slurm_account"]  # this cluster does no accounting
@@ -98,15 +104,14 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with slurm.running(tmp_path_factory.mktemp("slurm"), PARTITIONS) as running:
+    partitions = {**PARTITIONS, "billed": PARTITIONS["gpu"]}
+    with slurm.running(tmp_path_factory.mktemp("slurm"), partitions) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def prepared(
-    tmp_path_factory: pytest.TempPathFactory, corpus: Path, gpt2: GPT2Tokenizer, gpt2_resources: Path
-) -> Path:
-    """A folder with the settings, and what needs a network: GPT-2's ranks, a shard of text in tokens."""
+def prepared(tmp_path_factory: pytest.TempPathFactory, corpus: Path, gpt2: GPT2Tokenizer, gpt2_resources: Path) -> Path:
+    """A folder with the settings, with what needs a network, a shard of text in tokens, and the tokens of characters."""
     folder = tmp_path_factory.mktemp("prepared") / "prepared"
     shards = folder / "weights/gpt2_tokenizer/pipeline/fineweb-edu"
     for path in (folder / "resources/fineweb-edu", shards):
@@ -115,7 +120,7 @@ def prepared(
     shutil.copy(corpus, folder / "words.txt")
     settings = {
         **SMALL, "corpus": "words.txt", "size": "cpu",
-        "fineweb": {"shards": 1, "val_documents": HELD_OUT, "set": [*TINY, "train.steps=300", "train.eval_interval=300"]},
+        "fineweb": {"shards": 1, "val_documents": HELD_OUT, "set": TRAIN},
     }  # fmt: skip
     del settings["ladder"]["hardware"]
     (folder / "small.yaml").write_text(yaml.safe_dump(settings))
@@ -128,6 +133,7 @@ def prepared(
         patch.setattr(fineweb, "dataset", lambda: registered([source.read_bytes()]))
         fineweb.tokenize(0, shards, gpt2, HELD_OUT, source)
         fineweb.join(shards, 1)
+    tokenize_chars(folder / "words.txt", folder / "weights/char_tokenizer/pipeline")
     return folder
 
 
@@ -135,25 +141,94 @@ def prepared(
 def pipelines(cluster: Cluster, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipeline]:
     """A folder for each partition."""
     root = tmp_path_factory.mktemp("pipelines")
-    limit = {"limit": {"set-resources": {"train_fineweb": {"runtime": 1, "slurm_extra": "--signal=TERM@5"}}}}
-    return {name: Pipeline(cluster, prepared, root / name, name, **limit.get(name, {})) for name in PARTITIONS}
+    changes: dict[str, dict] = {
+        # The least that SLURM knows: a minute.
+        "limit": {"set-resources": {"train_fineweb": {"runtime": 1, "slurm_extra": "--signal=TERM@5"}}, "retries": 6},
+        "cancel": {"retries": 0},
+        "down": {"retries": 0},
+    }
+    return {name: Pipeline(cluster, prepared, root / name, name, **changes.get(name, {})) for name in PARTITIONS}
 
 
 @pytest.fixture(scope="module")
-def limited(pipelines: dict[str, Pipeline]) -> subprocess.Popen[str]:
-    """A training on two nodes that lasts longer than its time limit; begun first, because it lasts longest."""
-    return pipelines["limit"].start(f"{FINEWEB}/record.json", PICOGPT_TEST_STEP="0.3")
+def begun(pipelines: dict[str, Pipeline]) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """What takes long goes on while other tests run."""
+    rungs = [f"results/records/ladder/{name}/baseline.json" for name in ("box", "pair", "across")]
+    processes = {
+        "limit": pipelines["limit"].start(f"{FINEWEB}/record.json", PICOGPT_TEST_STEP="0.5"),
+        "gpu": pipelines["gpu"].start(f"{TRANSFORMER}/record.json", *rungs),
+        "down": pipelines["down"].start(f"{TRANSFORMER}/record.json", PICOGPT_TEST_STEP="1"),
+        "cancel": pipelines["cancel"].start(f"{TRANSFORMER}/record.json", PICOGPT_TEST_STEP="1"),
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
-def straight(pipelines: dict[str, Pipeline], limited: object) -> Path:
-    """The transformer of the pipeline, trained without a stop."""
-    status, out = pipelines["gpu"].run(
-        f"{TRANSFORMER}/record.json",
-        *(f"results/records/ladder/{name}/baseline.json" for name in ("box", "pair", "across")),
-    )
+def straight(pipelines: dict[str, Pipeline], begun: dict[str, subprocess.Popen[str]]) -> Path:
+    """Where the pipeline ran without a stop."""
+    status, out = ended(begun["gpu"])
     assert status == 0, out
     return pipelines["gpu"].folder
+
+
+def test_the_jobs_of_a_node_that_goes_down_go_on_elsewhere(pipelines, begun, cluster: Cluster):
+    pipeline = pipelines["down"]
+    slurm.wait_for(lambda: pipeline.steps(TRANSFORMER) >= 5, "training", cluster, 120)
+    node = cluster.ask("squeue", "--noheader", "--partition=down", "--states=R", "--format=%N")
+    cluster.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+
+def test_a_cancelled_training_goes_on_at_the_next_run(pipelines, begun, cluster: Cluster):
+    pipeline = pipelines["cancel"]
+    run = pipeline.folder / TRANSFORMER
+    slurm.wait_for(lambda: pipeline.steps(TRANSFORMER) >= 5, "training", cluster, 120)
+
+    # Meanwhile the folder is taken, for a second pipeline and for a second job.
+    status, out = pipeline.run(f"{TRANSFORMER}/record.json")
+    assert (status, "another pipeline is running in this folder" in out) == (1, True), out
+    second = ["picogpt", "train", "char-transformer", "--data", "weights/char_tokenizer/pipeline", "--run", "pipeline"]
+    job = subprocess.run(
+        ["srun", "--partition=cancel", "--mem=1000", *second],
+        capture_output=True, text=True, cwd=pipeline.folder, env=pipeline.environment,
+    )  # fmt: skip
+    assert job.returncode == 1
+    assert f"another process is training in {TRANSFORMER}" in job.stderr
+
+    cluster.ask("scancel", "--partition=cancel", "--user=root")
+    status, out = ended(begun["cancel"])
+    assert status == 1
+    assert "SLURM status is: 'CANCELLED'" in out
+    stopped = checkpoint.load_state(run / "checkpoints/last.pt")[0]["progress"]["step"]
+    assert 5 <= stopped < 30
+    again, out = pipeline.run(f"{TRANSFORMER}/record.json")
+    assert again == 0, out
+    assert records.read(run / "record.json")["results"]["sessions"] == 2
+
+
+def test_what_cannot_run_says_why(pipelines, begun, cluster: Cluster, prepared: Path, tmp_path: Path):
+    unknown = Pipeline(cluster, prepared, tmp_path / "unknown", "nowhere", retries=0)
+    unpaid = Pipeline(cluster, prepared, tmp_path / "unpaid", "billed", retries=0)
+    target = "weights/char_bigram/pipeline/record.json"
+    processes = [unknown.start(target), unpaid.start(target)]
+    status, out = ended(processes[0])
+    assert (status, "invalid partition specified: nowhere" in out) == (1, True), out
+    status, out = ended(processes[1])
+    assert (status, "partition billed takes no job without an account" in out) == (1, True), out
+    # The list of the profile is gone, and this machine would speak for the cluster.
+    status, out = unknown.run(target, "--config", "size=cpu")
+    assert (status, "gpus: auto, ladder: hardware: auto would ask this machine" in out) == (1, True), out
+
+
+def test_a_machine_that_is_not_what_its_name_says(straight: Path, pipelines, cluster: Cluster):
+    targets = [f"results/records/ladder/{name}/baseline.json" for name in ("h100", "crowd")]
+    status, out = pipelines["gpu"].run(*targets, "--keep-going", "--retries", "0")
+    assert status == 1
+    assert "hardware h100 is H100 (cuda, NVIDIA H100.*), and this device is" in out
+    assert "Requested node configuration is not available" in out  # three GPUs of a node with two
+    assert "--gpus=h100:3" in out
 
 
 def test_one_device_two_ranks_and_two_nodes(straight: Path):
@@ -162,3 +237,33 @@ def test_one_device_two_ranks_and_two_nodes(straight: Path):
         for name in ("box", "pair", "across")
     }
     assert ranks == {"box": 1, "pair": 2, "across": 2}
+
+
+def test_stopped_trainings_end_with_the_weights_of_one_that_was_not(pipelines, begun, straight: Path):
+    status, out = ended(begun["down"])
+    assert status == 0, out
+    assert records.read(pipelines["down"].folder / TRANSFORMER / "record.json")["results"]["sessions"] == 2
+    for name in ("cancel", "down"):
+        assert same(pipelines[name].folder / TRANSFORMER, straight / TRANSFORMER), name
+
+
+def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelines, begun, tmp_path: Path):
+    pipeline = pipelines["limit"]
+    status, out = ended(begun["limit"])
+    assert status == 0, out
+    run = pipeline.folder / FINEWEB
+    record = records.read(run / "record.json")
+    assert (record["ranks"], record["kind"]) == (2, "train gpt2 across")
+    assert record["results"]["sessions"] > 1
+    # The same by hand, in one go, with both ranks on one node.
+    shutil.copy(pipeline.folder / "pair.yaml", tmp_path)
+    (tmp_path / "across.yaml").write_text(yaml.safe_dump({**MACHINES["across"], "nodes": 1, "ranks": 2}))
+    command = [
+        "torchrun", "--standalone", "--nproc_per_node=2", "-m", "picogpt", "train", "gpt2",
+        "--data", str(pipeline.folder / "weights/gpt2_tokenizer/pipeline/fineweb-edu"),
+        "--folder", "run", "--config", str(ROOT / "config/models/gpt2_fineweb.yaml"),
+        *(f"--set={pair}" for pair in TRAIN), "--hardware", "across.yaml",
+    ]  # fmt: skip
+    alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert alone.returncode == 0, alone.stderr
+    assert same(run, tmp_path / "run")
