@@ -29,7 +29,7 @@ pytestmark = [
 ]
 # Two nodes each, so that tests that go on side by side do not meet.
 PARTITIONS = {name: (f"{name}1", f"{name}2") for name in ("gpu", "limit", "cancel", "down")}
-TRAIN = [*TINY, "train.steps=40", "train.eval_interval=40"]
+TRAIN = [*TINY, "runtime.threads=1", "train.steps=32", "train.eval_interval=32"]
 ONE_RUNG = {**BOX, "rungs": ["baseline"]}
 MACHINES = {
     "box": ONE_RUNG,
@@ -256,7 +256,6 @@ def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelin
     assert (record["ranks"], record["kind"]) == (2, "train gpt2 across")
     assert record["results"]["sessions"] > 1
     # The same by hand, in one go, with both ranks on one node.
-    shutil.copy(pipeline.folder / "pair.yaml", tmp_path)
     (tmp_path / "across.yaml").write_text(yaml.safe_dump({**MACHINES["across"], "nodes": 1, "ranks": 2}))
     command = [
         "torchrun", "--standalone", "--nproc_per_node=2", "-m", "picogpt", "train", "gpt2",

@@ -1,6 +1,7 @@
 """In a process with this folder on PYTHONPATH a step of training takes PICOGPT_TEST_STEP seconds longer.
 
-So a test can meet it in the middle, and the machine is free for others meanwhile.
+So a test can meet it in the middle, and the machine is free for others meanwhile. And Snakemake asks SLURM every two
+seconds, where the plugin waits ten more each time, as is right on a cluster.
 """
 
 import importlib.abc
@@ -10,9 +11,28 @@ import sys
 import time
 
 
-class SlowSteps(importlib.abc.MetaPathFinder):
+def slow_steps(module):
+    step = module.Trainer._step
+
+    def slow(trainer, index):
+        time.sleep(float(os.environ.get("PICOGPT_TEST_STEP", "0")))
+        return step(trainer, index)
+
+    module.Trainer._step = slow
+
+
+def ask_often(module):
+    module.Executor.next_seconds_between_status_checks = property(lambda executor: 2, lambda executor, seconds: None)
+
+
+class Change(importlib.abc.MetaPathFinder):
+    """Changes a module once it has been imported."""
+
+    def __init__(self, name, change):
+        self.name, self.change = name, change
+
     def find_spec(self, fullname, path, target=None):
-        if fullname != "picogpt.train.loop":
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -20,17 +40,13 @@ class SlowSteps(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             run(module)
-            step = module.Trainer._step
-
-            def slow(trainer, index):
-                time.sleep(float(os.environ["PICOGPT_TEST_STEP"]))
-                return step(trainer, index)
-
-            module.Trainer._step = slow
+            self.change(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-if "PICOGPT_TEST_STEP" in os.environ:
-    sys.meta_path.insert(0, SlowSteps())
+sys.meta_path[:0] = [
+    Change("picogpt.train.loop", slow_steps),
+    Change("snakemake_executor_plugin_slurm", ask_often),
+]
