@@ -219,6 +219,12 @@ class Pipeline(Settings):
     )
     run: str = Field("pipeline", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the folders in weights/")
     size: Literal["auto", "cpu", "gpu"] = Field("auto", description="which settings of a model; auto: by what is here")
+    gpus: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="GPUs of one machine that the training of gpt2 takes; auto: those that are here"
+    )
+    gpu_model: str | dict[str, str] = Field(
+        "", description="what a cluster calls its GPUs, as in sinfo -o %G; or by file of config/hardware/ and default"
+    )
     char_bigram: PipelineModel
     char_transformer: PipelineModel
     gpt2: PipelineGPT2

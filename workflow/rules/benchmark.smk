@@ -2,6 +2,10 @@
 # out: results/records/: what each knows, how fast it samples, what it weighs
 
 
+localrules:
+    bench_weights,
+
+
 rule evaluate:
     """
     The loss on the whole validation text, in the dtype in which the model would sample, and texts from given prompts.
@@ -22,6 +26,9 @@ rule evaluate:
         machine=100,
         runtime=30,
         mem_mb=6000,
+        gpu=1 if SIZE == "gpu" else 0,
+        gpu_model=gpu_model() if SIZE == "gpu" else None,
+        cpus_per_task=CPUS,
     params:
         model=lambda wildcards: gpt2_arguments(wildcards.gpt2),
         tokens=lambda wildcards, input: Path(input.tokens[0]).parent,
@@ -52,6 +59,9 @@ rule bench_sampling:
         machine=100,
         runtime=30,
         mem_mb=4000,
+        gpu=1 if SIZE == "gpu" else 0,
+        gpu_model=gpu_model() if SIZE == "gpu" else None,
+        cpus_per_task=CPUS,
     params:
         model=lambda wildcards: gpt2_arguments(wildcards.gpt2),
         tokens=config["gpt2"]["throughput_tokens"],

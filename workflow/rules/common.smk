@@ -67,6 +67,8 @@ def picogpt(*arguments):
 
 def hub_state():
     """Whether the hub is to be asked: unreachable, or else which try it is. Once one has succeeded, that one."""
+    if workflow.remote_exec:
+        return "not asked by a job on a cluster"
     status = Path("resources/pretrained.txt")
     lines = status.read_text().splitlines() if status.exists() else []
     if lines and lines[0].endswith(": here"):
@@ -76,9 +78,31 @@ def hub_state():
     return f"reachable, after {status.stat().st_mtime:.0f}" if lines else "reachable"
 
 
-def launch(ranks):
-    """How a command that trains is started: one process for each of several devices."""
-    return f"torchrun --standalone --nproc_per_node={ranks} -m picogpt" if ranks > 1 else "picogpt"
+def refuse_auto():
+    """The machine that submits jobs to a cluster cannot speak for those that run them."""
+    asked = {"size": config["size"], "gpus": config["gpus"], "ladder: hardware": config["ladder"]["hardware"]}
+    auto = [f"{key}: auto" for key, value in asked.items() if value == "auto"]
+    if auto and not workflow.local_exec:
+        raise WorkflowError(
+            f"{', '.join(auto)} would ask this machine, and the jobs run on others. workflow/profiles/slurm names them"
+            " under config; --config on the command line takes the place of that list, so repeat it there"
+        )
+
+
+def launch(ranks, nodes=1):
+    """
+    How a command that trains is started: one process for each of several devices, on one node or on those of a SLURM job.
+
+    Jobs that meet on the same node have ports of their own, by their number, below those that Linux gives away.
+    """
+    if nodes == 1:
+        return f"torchrun --standalone --nproc_per_node={ranks} -m picogpt" if ranks > 1 else "picogpt"
+    return (
+        "srun --jobid=${SLURM_JOB_ID:?several nodes need snakemake --workflow-profile workflow/profiles/slurm}"
+        f" --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1"
+        f" torchrun --nnodes={nodes} --nproc_per_node={ranks} --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID"
+        " --rdzv-endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 20000)) -m picogpt"
+    )
 
 
 def settings_file(model):
@@ -106,9 +130,20 @@ SIZE = HERE["size"] if config["size"] == "auto" else config["size"]
 CORPUS = corpus_name()
 GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
 # Several GPUs: one rank each. A plain command on one device.
+GPUS = (HERE["gpus"] if config["gpus"] == "auto" else config["gpus"]) if SIZE == "gpu" else 0
 BATCH = json.loads(settings("gpt2"))["train"]["batch_size"]
-RANKS = max((ranks for ranks in range(1, (HERE["gpus"] if SIZE == "gpu" else 0) + 1) if BATCH % ranks == 0), default=1)
+RANKS = max((ranks for ranks in range(1, GPUS + 1) if BATCH % ranks == 0), default=1)
+# What a rank has of a cluster's node beside its device, and how a training hears of its end: SLURM sends SIGTERM to all
+# processes of a job step. The trainer saves and ends; the shell and tee, which would end at once, wait for it.
+CPUS = 8
+HEAR_THE_END = "trap '' TERM; "
 PUBLISHED = Path(workflow.basedir, "../config/published.yaml")
+
+
+def gpu_model(hardware="default"):
+    """What the cluster calls the GPUs of a machine; None where any GPU serves."""
+    names = config["gpu_model"]
+    return (names.get(hardware) if isinstance(names, dict) else names) or None
 
 
 def gpt2_weights(kind):

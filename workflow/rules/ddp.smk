@@ -25,10 +25,17 @@ rule train_fineweb:
     resources:
         machine=100,
         runtime=240,
-        mem_mb=32000,
-        gpu=lambda wildcards: machine_settings(wildcards.hardware).get("ranks", 1) if on_gpu(wildcards.hardware) else 0,
+        mem_mb=lambda wildcards: 16000 * machine_settings(wildcards.hardware).get("ranks", 1),
+        nodes=lambda wildcards: allocation(wildcards.hardware, "nodes"),
+        gpu=lambda wildcards: allocation(wildcards.hardware, "gpu"),
+        gpu_model=lambda wildcards: allocation(wildcards.hardware, "gpu_model"),
+        tasks=lambda wildcards: allocation(wildcards.hardware, "tasks"),
+        # Otherwise the plugin would start a task for each GPU.
+        tasks_per_gpu=0,
+        cpus_per_task=lambda wildcards: allocation(wildcards.hardware, "cpus_per_task"),
+        mpi=lambda wildcards: allocation(wildcards.hardware, "mpi"),
     params:
-        launch=lambda wildcards: launch(machine_settings(wildcards.hardware).get("ranks", 1)),
+        launch=lambda wildcards: machine_launch(wildcards.hardware),
         folder=lambda wildcards, output: Path(output[0]).parent,
         tokens=lambda wildcards, input: Path(input[0]).parent,
         machine=lambda wildcards: machine_argument(wildcards.hardware),
@@ -37,7 +44,7 @@ rule train_fineweb:
         settings=lambda wildcards: deciding(training_file(wildcards.hardware)),
         overrides=[f"--set={pair}" for pair in config["fineweb"]["set"]],
     shell:
-        "{params.launch} train gpt2"
+        f"{HEAR_THE_END}{{params.launch}} train gpt2"
         " --data {params.tokens:q}"
         " --folder {params.folder:q}"
         " --config {params.config_file:q}"

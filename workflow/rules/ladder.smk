@@ -28,10 +28,17 @@ rule bench_train:
     resources:
         machine=100,
         runtime=60,
-        mem_mb=12000,
-        gpu=lambda wildcards: machine_settings(wildcards.hardware).get("ranks", 1) if on_gpu(wildcards.hardware) else 0,
+        mem_mb=lambda wildcards: 12000 * machine_settings(wildcards.hardware).get("ranks", 1),
+        nodes=lambda wildcards: allocation(wildcards.hardware, "nodes"),
+        gpu=lambda wildcards: allocation(wildcards.hardware, "gpu"),
+        gpu_model=lambda wildcards: allocation(wildcards.hardware, "gpu_model"),
+        tasks=lambda wildcards: allocation(wildcards.hardware, "tasks"),
+        # Otherwise the plugin would start a task for each GPU.
+        tasks_per_gpu=0,
+        cpus_per_task=lambda wildcards: allocation(wildcards.hardware, "cpus_per_task"),
+        mpi=lambda wildcards: allocation(wildcards.hardware, "mpi"),
     params:
-        launch=lambda wildcards: launch(machine_settings(wildcards.hardware).get("ranks", 1)),
+        launch=lambda wildcards: machine_launch(wildcards.hardware),
         tokens=lambda wildcards, input: Path(input[0]).parent,
         file=lambda wildcards: machine_argument(wildcards.hardware),
         settings=lambda wildcards: rung_settings(wildcards.hardware, wildcards.rung),

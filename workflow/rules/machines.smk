@@ -25,9 +25,25 @@ def machine_settings(name):
     return yaml.safe_load(path.read_text())
 
 
-def on_gpu(name):
-    """Whether a machine's device is a GPU."""
-    return machine_settings(name)["kind"] == "cuda"
+def machine_launch(name):
+    """How a command that trains is started on a machine."""
+    machine = machine_settings(name)
+    return launch(machine.get("ranks", 1), machine.get("nodes", 1))
+
+
+def allocation(name, resource):
+    """What a job on a machine asks for; None: it does not. One task a node starts the ranks there, by srun on several."""
+    machine = machine_settings(name)
+    nodes, ranks, several = machine.get("nodes", 1), machine.get("ranks", 1), machine.get("nodes", 1) > 1
+    on_gpu = machine["kind"] == "cuda"
+    return {
+        "nodes": nodes,
+        "gpu": nodes * ranks if on_gpu else 0,
+        "gpu_model": gpu_model(name) if on_gpu else None,
+        "tasks": nodes if several else None,
+        "mpi": "srun" if several else None,
+        "cpus_per_task": CPUS * ranks,
+    }[resource]
 
 
 def rung_settings(name, rung):

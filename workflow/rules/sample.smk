@@ -2,6 +2,10 @@
 # out: texts that the models write: results/samples/, media/*_sample.txt
 
 
+localrules:
+    sample_artifact,
+
+
 rule sample:
     """
     Let a model write: one character after another, each drawn from the probabilities it gives.

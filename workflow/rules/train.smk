@@ -24,6 +24,9 @@ rule train:
         machine=100,
         runtime=60,
         mem_mb=8000,
+        gpu=1 if SIZE == "gpu" else 0,
+        gpu_model=gpu_model() if SIZE == "gpu" else None,
+        cpus_per_task=CPUS,
     params:
         run=RUN,
         tokens=lambda wildcards, input: Path(input[0]).parent,
@@ -32,7 +35,7 @@ rule train:
         settings=lambda wildcards: settings(wildcards.model),
         overrides=lambda wildcards: [f"--set={pair}" for pair in config[wildcards.model]["set"]],
     shell:
-        "picogpt train {params.kind:q}"
+        f"{HEAR_THE_END}picogpt train {{params.kind:q}}"
         " --data {params.tokens:q}"
         " --run {params.run:q}"
         " --config {params.config_file:q}"
@@ -60,8 +63,11 @@ rule train_gpt2:
     resources:
         machine=100,
         runtime=240,
-        mem_mb=8000,
-        gpu=1 if SIZE == "gpu" else 0,
+        mem_mb=8000 * RANKS,
+        nodes=1,
+        gpu=RANKS if SIZE == "gpu" else 0,
+        gpu_model=gpu_model() if SIZE == "gpu" else None,
+        cpus_per_task=CPUS * RANKS,
     params:
         folder=lambda wildcards, output: Path(output[0]).parent,
         tokens=lambda wildcards, input: Path(input[0]).parent,
@@ -69,7 +75,7 @@ rule train_gpt2:
         settings=settings("gpt2"),
         overrides=[f"--set={pair}" for pair in config["gpt2"]["set"]],
     shell:
-        f"{launch(RANKS)} train gpt2"
+        f"{HEAR_THE_END}{launch(RANKS)} train gpt2"
         " --data {params.tokens:q}"
         " --folder {params.folder:q}"
         " --config {params.config_file:q}"
