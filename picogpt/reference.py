@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from picogpt import records
-from picogpt.data import assets
+from picogpt.data import assets, fineweb
 from picogpt.errors import PicogptError
 from picogpt.files import read_text, sha256_file, write_text
 
@@ -41,7 +41,7 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     if not found:
         raise PicogptError(f"{root.resolve()} has no records of the run {run!r}: make report makes them")
     for path, record in found.items():
-        _require_good(path, record)
+        require_good(path, record)
     trained = [record["device"] for record in found.values() if record["kind"].startswith(("train ", "ladder "))]
     names = {device["name"] for device in trained}
     if len(names) != 1:
@@ -93,12 +93,16 @@ def slug(device: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def _require_good(path: Path, record: dict[str, Any]) -> None:
+def require_good(path: Path, record: dict[str, Any]) -> None:
+    """Raises PicogptError where a record does not say what it stands on, or stands on what could mislead."""
     if not record["commit"] or record["dirty"]:
         state = "with uncommitted changes" if record["commit"] else "at no commit"
         raise PicogptError(f"{path} was measured {state}: measure it again from a clean checkout")
+    if not record["device"].get("name") or not record["software"].get("torch"):
+        raise PicogptError(f"{path} does not say on which device or with which torch it was measured")
     corpus = record["corpus"]
-    if corpus and corpus["text_sha256"] != assets.find(CORPUS).sha256:
+    distributed = record["kind"].startswith("train gpt2 ") and corpus.get("name") == fineweb.NAME
+    if corpus and not distributed and corpus["text_sha256"] != assets.find(CORPUS).sha256:
         raise PicogptError(f"{path} was measured on {corpus['name']}: reference records stand on {CORPUS}")
 
 

@@ -16,6 +16,7 @@ from picogpt.bench import ladder
 from picogpt.config import GPT2Config
 from picogpt.data.corpus import tokenize_gpt2
 from picogpt.data.tokens import TokenData
+from picogpt.errors import PicogptError
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.loss import linear_cross_entropy
 from picogpt.report.ladder import LOSS_TOLERANCE, compare_with_baselines
@@ -83,7 +84,10 @@ def test_a_record_has_every_step_and_what_ran(climbed: dict[str, dict], tmp_path
         assert results["kernels"]
         assert results["peak_memory_bytes"] > 0
         assert (results["mfu"], results["out_of_memory"], results["micro_batch_size"]) == (None, False, 4)
-    assert climbed["baseline"]["results"]["attention"] is None
+    attention = {rung: record["results"]["attention"] for rung, record in climbed.items()}
+    assert attention["baseline"] is attention["compile"] is None
+    assert "flash" in attention["flash"]
+    assert "BlockedAttention" in attention["best_attention"]
     assert climbed["baseline"]["setup"] == {
         "bfloat16": False, "tf32": False, "compile": None, "attention": "attention_written_out", "loss": "plain_loss",
         "optimizer": "AdamW",
@@ -230,12 +234,12 @@ def test_the_figure_says_what_is_measured_and_what_is_published(monkeypatch, cli
     assert any(hardware.cpu_name() in text for text in written)
     written.clear()
     draw_throughput("a30", files, [], tmp_path / "a30.png")  # records of another machine draw nothing here
-    assert "Not measured: no A30 is in this machine.\nThe diamonds are the published values." in written
+    assert "Not measured in this run.\nThe diamonds are the published values." in written
     assert {"2.8x", "6x", "7.8x", "9.3x"} <= set(written)
-    assert not any("measured in this run" in text or "tok/s" in text for text in written)
+    assert not any("bars: measured" in text or "tok/s" in text for text in written)
     written.clear()
     draw_throughput("h100", [], [], tmp_path / "h100.png")
-    assert "Not measured: no H100 is in this machine.\nNobody publishes these numbers." in written
+    assert "Not measured in this run.\nNobody publishes these numbers." in written
     for name in ("box", "a30", "h100"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
@@ -249,6 +253,7 @@ def reference_folder(folder: Path, climbed: dict[str, dict], **change: object) -
     for rung in ("baseline", "bf16"):
         record = json.loads(json.dumps(climbed[rung])) | {"kind": f"ladder a30 {rung}"} | change
         record["device"] = {**record["device"], "name": "NVIDIA A30", "kind": "cuda", "driver": "570.1"}
+        record |= {"commit": "0" * 40, "dirty": False, "corpus": {}}
         files.append(folder / f"ladder_a30_{rung}.json")
         files[-1].write_text(json.dumps(record))
     _sum_up(folder)
@@ -269,9 +274,24 @@ def test_a_ladder_never_gets_a_rung_from_another_machine(climbed, tmp_path: Path
     from picogpt.reference import _sum_up
 
     other = tmp_path / "reference/other/ladder_a30_tf32.json"
-    other.write_text(json.dumps(climbed["flash"] | {"kind": "ladder a30 tf32"}))
+    clean = {"commit": "0" * 40, "dirty": False, "corpus": {}}
+    other.write_text(json.dumps(climbed["flash"] | clean | {"kind": "ladder a30 tf32"}))
     _sum_up(other.parent)
     assert set(read_references([*first, other])) == {"ladder a30 baseline", "ladder a30 bf16"}
+
+
+def test_rungs_of_another_device_or_without_a_baseline_are_not_compared(climbed, box: Path, tmp_path: Path):
+    baseline, flash = (json.loads(json.dumps(climbed[rung])) for rung in ("baseline", "flash"))
+    records.write(tmp_path / "flash.json", flash)
+    draw_throughput(
+        str(box), [tmp_path / "flash.json"], [], tmp_path / "box.png"
+    )  # says that nothing is to compare with
+    baseline["device"]["name"] = "another CPU"
+    records.write(tmp_path / "baseline.json", baseline)
+    with pytest.raises(
+        PicogptError, match=r"ladder box flash was measured with device name .*, and ladder box baseline"
+    ):
+        draw_throughput(str(box), [tmp_path / "baseline.json", tmp_path / "flash.json"], [], tmp_path / "box.png")
 
 
 def test_the_command_line_says_which_rungs_there_are(picogpt):

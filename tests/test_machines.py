@@ -24,6 +24,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         ((), ["cpu"]),
         (("NVIDIA A30",), ["a30"]),
         (("NVIDIA GeForce RTX 3070 Laptop GPU",), ["rtx_3070"]),
+        (("NVIDIA GeForce RTX 3070 Ti Laptop GPU",), []),
+        (("NVIDIA H100 80GB HBM3 MIG 1g.10gb",), []),  # a part of a device
         (("NVIDIA GeForce RTX 3070",), []),  # the desktop card is another device
         (("NVIDIA H100 80GB HBM3",), ["h100"]),
         (("NVIDIA H100 80GB HBM3",) * 8, ["h100", "h100x2"]),

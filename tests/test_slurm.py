@@ -19,7 +19,7 @@ from test_workflow import BOX, NO_HUB, SMALL, SNAKEMAKE
 from picogpt import records
 from picogpt.data import fineweb
 from picogpt.data.bpe import GPT2Tokenizer
-from picogpt.data.tokens import tokenize_chars
+from picogpt.data.corpus import tokenize_chars
 from picogpt.train import checkpoint
 
 pytestmark = [

@@ -33,6 +33,7 @@ from picogpt.train.distributed import World
 from picogpt.train.optim import Optimizer
 
 TRAIN = TrainConfig(seed=1337, steps=1, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1, schedule="constant")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
 LISTED_KERNELS = 12
 FUSED = ("flash", "fmha", "cudnn_sdp", "cudnn_generated", "efficient_attention", "blockedattention")
 """Parts of the names of kernels that are attention in one."""
@@ -95,10 +96,20 @@ CHANGES: dict[str, dict[str, Any]] = {
 """What each rung changes."""
 
 
+GRAPHS = ("cuda_graphs", "max_autotune")
+
+
 def lacks(rung: str, device: hardware.Device) -> str | None:
     """Why `device` cannot climb `rung`, or None when it can."""
+    on_gpu = device.kind == "cuda"
     if rung == "bf16" and device.dtype != "bfloat16":
         return f"{device.name} has no instructions for bfloat16"
+    if rung == "tf32" and not (on_gpu and device.dtype == "bfloat16"):  # both came with Ampere
+        return f"{device.name} has no TF32"
+    if rung in GRAPHS and not on_gpu:
+        return f"{device.name} is no GPU"
+    if rung == "kept_memory" and on_gpu:
+        return "torch keeps the memory of a GPU by itself"
     return None
 
 
@@ -149,6 +160,14 @@ class Rung:
         if world.size > 1:
             ids = [world.local_rank] if device.kind == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
+
+    def try_one(self, tokens: torch.Tensor) -> None:
+        """Forward and backward of tokens (B, T) on this rank alone; the gradients are dropped."""
+        autocast = torch.autocast(self.device.kind, torch.bfloat16, enabled=self.setup.bfloat16)
+        module = self.forward.module if isinstance(self.forward, DistributedDataParallel) else self.forward
+        with autocast, hardware.attention(self.device) if self.setup.best_backend else nullcontext():
+            module(tokens, tokens).backward()
+        module.zero_grad(set_to_none=True)
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """One optimizer step on inputs and targets (B, T) of this rank; returns its mean loss, on the device."""
@@ -214,6 +233,10 @@ def measure(
     most = machine.micro_batch_size
     out_of_memory = False
     while True:
+        if setup.compile in GRAPH_MODES and most * world.size < machine.batch_size:
+            reason = f"its gradients, summed over micro-batches of {most}, would lie in memory that a graph uses again"
+            return {**record, "not_measured": reason, "results": {}}
+        reason = ""
         try:
             results = _climb(machine, rung, setup, config, data, device, world, most)
             break
@@ -223,13 +246,15 @@ def measure(
                     reason = f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
                     return {**record, "not_measured": reason, "results": {}}
                 setup = replace(setup, compile=None)
-                continue
-            if not is_out_of_memory(error) or world.size > 1:  # of several ranks the others would wait for this one
+            elif not is_out_of_memory(error):
                 raise
-            out_of_memory, reason = True, str(error).strip().splitlines()[0]
+            else:
+                out_of_memory, reason = True, str(error).strip().splitlines()[0]
         gc.collect()
         if device.kind == "cuda":
             torch.cuda.empty_cache()
+        if not reason:
+            continue
         if most == 1:
             return {**record, "not_measured": f"out of memory with one sequence: {reason}", "results": {}}
         most = max(size for size in range(1, most) if most % size == 0)
@@ -263,6 +288,7 @@ def _climb(
     if device.kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     climber = Rung(config, data.vocab_size, machine, setup, device, world, micro_batch_size)
+    _require_memory(climber, config, machine, world)
     sampler = Sampler(data.train.ids, machine.block_size, machine.batch_size, TRAIN.seed)
 
     def step(number: int) -> tuple[float, float]:
@@ -288,6 +314,7 @@ def _climb(
             advance(1)
     peak_memory = hardware.peak_memory_bytes(device)
     kernels = _kernels(lambda: step(total), device)
+    fused = next((name for name in kernels if any(part in name.lower() for part in FUSED)), None)
     timed = seconds[machine.warmup_steps :]
     median = statistics.median(timed)
     rate = machine.batch_size * machine.block_size / median
@@ -307,9 +334,25 @@ def _climb(
         "losses": losses,
         "final_loss": losses[-1],
         "peak_memory_bytes": peak_memory,
-        "kernels": kernels,
-        "attention": next((name for name in kernels if any(part in name.lower() for part in FUSED)), None),
+        "kernels": dict(list(kernels.items())[:LISTED_KERNELS]),
+        "attention": fused,
     }
+
+
+def _require_memory(climber: Rung, config: GPT2Config, machine: MachineConfig, world: World) -> None:
+    """On several ranks: raise the same on all where a micro-batch does not fit on one; in a step the others would wait."""
+    if world.size == 1:
+        return
+    failed: Exception | None = None
+    try:
+        tokens = torch.zeros(climber.micro_batch_size, machine.block_size, dtype=torch.int64)
+        climber.try_one(tokens.to(climber.device.torch_name))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = error
+    if world.largest(float(failed is not None)):
+        raise failed or MemoryError("not enough memory on another rank")
 
 
 def _synchronize(device: hardware.Device) -> None:
@@ -318,12 +361,15 @@ def _synchronize(device: hardware.Device) -> None:
 
 
 def _kernels(step: Callable[[], object], device: hardware.Device) -> dict[str, float]:
-    """The kernels in which one more step spends its time, the longest first: name and seconds."""
+    """The kernels in which one more step spends its time, on a CPU operators, the longest first: name and seconds."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.kind == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         step()
+    events = [event for event in profile.key_averages() if not event.is_user_annotation]
+    if device.kind == "cuda":  # operators have the time of their kernels too, which would count twice
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     attribute = "self_device_time_total" if device.kind == "cuda" else "self_cpu_time_total"
-    spent = sorted(((getattr(event, attribute), event.key) for event in profile.key_averages()), reverse=True)
-    return {name[:120]: microseconds / 1e6 for microseconds, name in spent[:LISTED_KERNELS] if microseconds > 0}
+    spent = sorted(((getattr(event, attribute), event.key) for event in events), reverse=True)
+    return {name[:120]: microseconds / 1e6 for microseconds, name in spent if microseconds > 0}

@@ -108,6 +108,8 @@ def _hub_file(name: str) -> HubFile | None:
     if data_set == FINEWEB and shard:
         from picogpt.data import fineweb
 
+        if not shard.isdigit():
+            raise UsageError(f"{name}: shards have numbers, as in picogpt fetch {FINEWEB} --shard 0")
         return fineweb.parquet(int(shard))
     return None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from picogpt.errors import PicogptError
+
 LOSS_TOLERANCE = 0.05
 """Nats by which the last loss of a rung may differ from the baseline's: the same training, rounded otherwise."""
 
@@ -29,14 +31,31 @@ def of(hardware: str, by_kind: Mapping[str, dict[str, Any]]) -> dict[str, dict[s
 def compare_with_baselines(by_kind: Mapping[str, dict[str, Any]]) -> None:
     """Add to the results of each rung, in place, what only shows beside the baseline of its machine.
 
-    speedup: tokens/s over the baseline's. loss_difference: last loss less the baseline's, nats.
+    speedup: tokens/s over the baseline's. loss_difference: last loss less the baseline's, nats. Both None without one.
+
+    Raises PicogptError when a rung was measured on another device, text or model than its baseline.
     """
     for name, record in by_kind.items():
         machine = machine_of(name)
         if machine is None:
             continue
-        baseline = by_kind.get(kind(machine, "baseline"), {}).get("results")
-        if baseline and record["results"]:
-            results = record["results"]
+        results, first = record["results"], by_kind.get(kind(machine, "baseline"))
+        if not results:
+            continue
+        results.update(speedup=None, loss_difference=None)
+        if first and first["results"]:
+            _require_same(record, first)
+            baseline = first["results"]
             results["speedup"] = results["tokens_per_second"] / baseline["tokens_per_second"]
             results["loss_difference"] = results["final_loss"] - baseline["final_loss"]
+
+
+def _require_same(record: dict[str, Any], baseline: dict[str, Any]) -> None:
+    for part, keys in {"device": ("name", "cores"), "corpus": ("text_sha256",), "config": ("model",)}.items():
+        for key in keys:
+            ours, theirs = record[part].get(key), baseline[part].get(key)
+            if ours != theirs:
+                raise PicogptError(
+                    f"{record['kind']} was measured with {part} {key} {ours}, and {baseline['kind']} with {theirs}:"
+                    " a ladder is one machine's; measure it again as a whole (delete its folder in results/records/ladder/)"
+                )

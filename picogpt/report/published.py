@@ -30,6 +30,9 @@ class Number(Settings):
     better: Literal["lower", "higher"] | None = Field(None, description="null: neither direction is better")
     device: str | None = Field(None, description="where the published number was measured, if that matters")
     on_corpus: bool = Field(True, description="whether the number depends on the text")
+    comparable: bool = Field(
+        True, description="false: shown beside ours, but measured in another way; the note says how"
+    )
     note: str = Field("", description="why ours differs")
 
 
@@ -82,7 +85,7 @@ def compare(number: Number, record: dict[str, Any] | None, reference: dict[str, 
         here = record["device"]["name"]
         note = f"published for {number.device}; this machine is {here}"
         return {**row, "measured": None, "device": None, "status": "not measured here", "note": note}
-    if number.published is None:
+    if number.published is None or not number.comparable:
         return {**row, "status": "not comparable", "note": number.note or "nothing is published"}
     difference = measured - number.published
     if abs(difference) <= number.tolerance:

@@ -55,6 +55,8 @@ def read_references(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
         reference.check(folder)
         # A ladder is one machine's: it never gets a rung from another.
         ladders = {ladder.machine_of(name) for name in by_kind} - {None}
+        for path in files:
+            reference.require_good(path, records.read(path))
         more = {name: record for name, record in read_records(files).items() if ladder.machine_of(name) not in ladders}
         by_kind = {**more, **by_kind}
     return by_kind

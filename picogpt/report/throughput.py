@@ -48,8 +48,16 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
     import matplotlib.pyplot as plt
 
     height = 1.9 + 0.42 * len(machine.rungs)  # inches
-    bars = {rung: record["results"] for rung, record in measured.items() if record["results"]}
-    longest = max([1.0, *(mark for mark in marks.values() if mark), *(bar["speedup"] for bar in bars.values())])
+    bars = {rung: record["results"] for rung, record in measured.items() if record["results"].get("speedup")}
+    first = bars.get("baseline")
+    longest = max(
+        [
+            1.0,
+            *([target / first["tokens_per_second"]] if target and first else []),
+            *(mark for mark in marks.values() if mark),
+            *(bar["speedup"] for bar in bars.values()),
+        ]
+    )
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(10.5, height))
         for place, rung in enumerate(machine.rungs):
@@ -66,9 +74,8 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
                 )  # fmt: skip
             words = _amount(bars[rung], machine) if rung in bars else f"{mark:g}x" if mark else ""
             axes.text(max(end, mark or 0) + 0.015 * longest, place, words, va="center", fontsize=9.5)
-        if target and bars:
-            place = target / bars["baseline"]["tokens_per_second"]
-            axes.axvline(place, color=VERMILION, linestyle=(0, (4, 2)), linewidth=1.4)
+        if target and first:
+            axes.axvline(target / first["tokens_per_second"], color=VERMILION, linestyle=(0, (4, 2)), linewidth=1.4)
         axes.set_yticks(range(len(machine.rungs)), [LABELS[rung] for rung in machine.rungs])
         axes.set_ylim(len(machine.rungs) - 0.4, -0.6)
         axes.set_xlim(0, longest * 1.42)
@@ -98,7 +105,7 @@ def _draw_bar(axes: Any, place: int, results: dict[str, Any], colour: str) -> fl
 
 def _say_so(axes: Any, machine: MachineConfig, marks: bool, target: float | None) -> None:
     """Write into the picture that nothing in it was measured."""
-    words = f"Not measured: no {machine.title} is in this machine."
+    words = "Not measured in this run."
     if marks:
         words += "\nThe diamonds are the published values."
     elif target:
@@ -120,9 +127,7 @@ def _title(machine: MachineConfig, parameters: int) -> str:
 
 def _subtitle(here: bool, bars: bool, machine: MachineConfig, marks: bool, target: float | None) -> str:
     if not bars:
-        return f"no {machine.title} in this machine, and no reference records" + (
-            ": published values alone" if marks else ""
-        )
+        return "no records of this run, and no reference records" + (": published values alone" if marks else "")
     whose = "measured in this run" if here else "reference records, not measured in this run"
     parts = [f"bars: {whose}, each rung with all above it; lines: fastest and slowest step"]
     if marks:
@@ -135,14 +140,16 @@ def _subtitle(here: bool, bars: bool, machine: MachineConfig, marks: bool, targe
 def _amount(results: dict[str, Any], machine: MachineConfig) -> str:
     parts = [f"{results['speedup']:.2f}x", f"{results['tokens_per_second']:,.0f} tok/s"]
     if results["mfu"]:
-        parts.append(f"{100 * results['mfu']:.0f}% of peak")
+        parts.append(f"{100 * results['mfu']:.0f}% of its bfloat16 peak")
     if results["out_of_memory"]:
         parts.append(f"out of memory: micro-batches of {results['micro_batch_size']}")
     return "  ".join(parts)
 
 
 def _reason(record: dict[str, Any] | None) -> str:
-    return f"not measured: {record['not_measured']}" if record else "not measured"
+    if record is None:
+        return "not measured"
+    return f"not measured: {record.get('not_measured', 'no baseline to compare with')}"
 
 
 def _caption(measured: dict[str, Any], bars: list[dict[str, Any]]) -> str:
@@ -153,9 +160,10 @@ def _caption(measured: dict[str, Any], bars: list[dict[str, Any]]) -> str:
     differences = [abs(results["loss_difference"]) for results in bars]
     within = "all within" if max(differences) <= ladder.LOSS_TOLERANCE else "NOT all within"
     machine = f"{device['name']}, {device['cores']} cores" if device["kind"] == "cpu" else device["name"]
+    dirty = " with uncommitted changes" if record["dirty"] else ""
     driver = f", driver {device['driver']}" if device["driver"] else ""
     return (
-        f"{machine}{driver}; torch {software['torch']}; commit {(record['commit'] or 'unknown')[:12]}; {record['created'][:10]};"
+        f"{machine}{driver}; torch {software['torch']}; commit {(record['commit'] or 'unknown')[:12]}{dirty}; {record['created'][:10]};"
         f" medians of {len(bars[0]['step_seconds'])} steps.\nLosses differ from the baseline's by at most {max(differences):.4f} nats,"
         f" {within} {ladder.LOSS_TOLERANCE}; highest memory {max(results['peak_memory_bytes'] for results in bars) / 2**30:.1f} GiB"
     )

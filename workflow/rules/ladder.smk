@@ -42,6 +42,7 @@ rule bench_train:
         tokens=lambda wildcards, input: Path(input[0]).parent,
         file=lambda wildcards: machine_argument(wildcards.hardware),
         settings=lambda wildcards: rung_settings(wildcards.hardware, wildcards.rung),
+        model=json.dumps(yaml.safe_load((SHIPPED / "../models/gpt2_cpu.yaml").read_text())["model"], sort_keys=True),
         overrides=[f"--set={pair}" for pair in config["ladder"]["set"]],
     shell:
         "{params.launch} bench train"
@@ -79,6 +80,7 @@ rule throughput:
         mem_mb=1000,
     params:
         file=lambda wildcards: machine_argument(wildcards.hardware),
+        machine=lambda wildcards: json.dumps(machine_settings(wildcards.hardware), sort_keys=True),
         references=lambda wildcards, input: [f"--reference={path}" for path in input.references],
     shell:
         "picogpt report throughput"

@@ -50,6 +50,7 @@ def rung_settings(name, rung):
     """What decides the record of a rung: the machine's settings, and the rungs that stand before it."""
     tree = machine_settings(name)
     rungs = tree.pop("rungs")
+    tree.pop("title", None)
     if rung not in rungs:
         raise WorkflowError(f"hardware {name} has no rung {rung}; it has {', '.join(rungs)}")
     return json.dumps({**tree, "rungs": rungs[: rungs.index(rung) + 1]}, sort_keys=True)

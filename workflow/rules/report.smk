@@ -131,6 +131,7 @@ rule page:
         records=expand("--record={record}", record=RECORDS),
         references=[f"--reference={path}" for path in REFERENCES],
         hardware=[f"--hardware={machine_argument(name)}" for name in HARDWARE],
+        machines=json.dumps([machine_settings(name) for name in HARDWARE], sort_keys=True),
         samples=expand(
             "--sample={pair}",
             pair=[f"{name}={path}" for name, path in SAMPLES.items()] + [f"gpt2=media/gpt2_{CORPUS}_sample.txt"],
