@@ -355,3 +355,30 @@ def test_a_corpus_is_a_file_of_the_user_or_a_registered_name(tmp_path: Path, cor
     run = snakemake(tmp_path, "-n", "weights/char_tokenizer/pipeline/train.bin")
     assert run.returncode == 0, run.stderr
     assert ("fetch_corpus" in jobs(run)) == (source == "resources/corpus.txt")
+
+
+def test_on_a_cluster_the_profile_says_what_is_measured(tmp_path: Path):
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    run = subprocess.run(
+        [
+            str(SNAKEMAKE), "-n", "media/gpt2_h100_throughput.png",
+            "--snakefile", str(ROOT / "workflow/Snakefile"),
+            "--workflow-profile", str(ROOT / "workflow/profiles/slurm"),
+            "--directory", str(tmp_path),
+        ],
+        capture_output=True, text=True, check=False, env={**os.environ, **NO_HUB},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    rungs = len(yaml.safe_load((ROOT / "config/hardware/h100.yaml").read_text())["rungs"])
+    assert f"bench_train {rungs}" in " ".join((run.stdout + run.stderr).split())
+    assert "gpu=1, gpu_model=h100" in run.stdout + run.stderr
+    assert "slurm_extra=--signal=TERM@120 --exclusive" in run.stdout + run.stderr
+
+
+def test_several_nodes_without_a_cluster_say_what_is_missing(finished: Path):
+    (finished / "nodes.yaml").write_text(yaml.safe_dump({**BOX, "nodes": 2, "batch_size": 4}))
+    run = snakemake(
+        finished, "results/records/ladder/nodes/baseline.json", "--config", "ladder={hardware: [nodes.yaml]}"
+    )
+    assert run.returncode == 1
+    assert "several nodes need snakemake --workflow-profile workflow/profiles/slurm" in run.stderr + run.stdout

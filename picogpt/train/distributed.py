@@ -20,6 +20,7 @@ from picogpt import hardware
 from picogpt.errors import PicogptError, UsageError, failure_mark
 
 T = TypeVar("T")
+_GROUPS: list[Any] = []
 _LOST = re.compile(r"gloo|Broken pipe|[Cc]onnection (reset|refused|closed)|NCCL.*(remote|abort|timeout)")
 
 
@@ -149,6 +150,9 @@ def joined(device: str) -> Iterator[World]:
         control = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
     with _peers():
         yield World(dist.get_rank(), size, local_rank, local_size, control)
+    # A thread of gloo that lets go of the last message needs the interpreter; a destructor that waits for this thread
+    # holds it. So the groups outlive whatever uses them.
+    _GROUPS.extend([dist.group.WORLD, control])
     # Not after an error: with a peer gone, parting may wait for it for ever.
     dist.destroy_process_group()
 
