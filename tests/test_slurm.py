@@ -226,7 +226,8 @@ def test_a_machine_that_is_not_what_its_name_says(straight: Path, pipelines, clu
     targets = [f"results/records/ladder/{name}/baseline.json" for name in ("h100", "crowd")]
     status, out = pipelines["gpu"].run(*targets, "--keep-going", "--retries", "0")
     assert status == 1
-    assert "hardware h100 is H100 (cuda, NVIDIA H100.*), and this device is" in out
+    assert "hardware h100 is H100 (cuda, NVIDIA H100" in out
+    assert "), and this device is" in out
     assert "Requested node configuration is not available" in out  # three GPUs of a node with two
     assert "--gpus=h100:3" in out
 
