@@ -5,11 +5,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: report test check format reference clean help
+.PHONY: report test test-slurm check format reference clean help
 
 help:
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
 	@echo "make test     set up, then run the tests"
+	@echo "make test-slurm set up, then run the tests that start a SLURM cluster (Debian: slurmctld slurmd slurm-client munge)"
 	@echo "make check    set up, then lint, types, workflow and schemas"
 	@echo "make reference  keep what was measured here in results/reference/ and media/reference/, to be committed"
 	@echo "make format   set up, then format Python and Snakemake files"
@@ -19,7 +20,11 @@ report: $(READY)
 	$(BIN)/snakemake
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slurm"
+	@echo "not run: the tests marked slurm, which start a cluster of their own and take minutes: make test-slurm"
+
+test-slurm: $(READY)
+	$(BIN)/python -m pytest -m slurm
 
 check: $(READY)
 	$(BIN)/ruff check

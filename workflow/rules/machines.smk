@@ -59,7 +59,7 @@ def rung_settings(name, rung):
 def ladder_records(name):
     """The records of a ladder that is measured here; none where it is not."""
     rungs = machine_settings(name)["rungs"]
-    return [f"results/records/ladder/{name}/{rung}.json" for rung in rungs if name in MEASURED]
+    return [f"results/records/ladder/{name}/{rung}.json" for rung in rungs] if name in MEASURED else []
 
 
 def ladder_references(name):
