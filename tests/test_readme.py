@@ -107,7 +107,8 @@ SUBSTITUTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...]
     (r"\bHOST\b", "127.0.0.1", "this machine is all nodes"),
     (r"(--master_port=)\d+", free_port, "another job may hold that port here"),
     (r"(--nnodes=2 --nproc_per_node=)\d+", r"\g<1>1", "eight ranks on two cores take a minute to start"),
-    (r"(--config corpus=my\.txt)$", r"\1 media/char_bigram_loss.png", "all of it takes minutes; test_workflow.py makes it"),
+    (r"(snakemake) (--config corpus=my\.txt)$", r"\1 media/char_bigram_loss.png \2", "all of it takes minutes; test_workflow.py makes it"),
+    (r"(--workflow-profile workflow/profiles/slurm)", r"\1 --dry-run", "wants a cluster; test_slurm.py starts one"),
     (r"(--steps |train\.steps=)\d+", r"\g<1>2", "so many steps take minutes, even of a small model"),
 )  # fmt: skip
 
