@@ -207,7 +207,8 @@ def _cpu_info() -> dict[str, str]:
 
 def cpu_flags() -> frozenset[str]:
     """Instruction sets of the CPU as Linux lists them; empty elsewhere."""
-    return frozenset(_cpu_info().get("flags", "").split())
+    info = _cpu_info()
+    return frozenset(info.get("flags", info.get("Features", "")).split())
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -216,8 +217,17 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def cpu_name() -> str:
-    """Model name of the CPU."""
-    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+    """Model name of the CPU, with family and model number where a virtual machine hides which model it is."""
+    info = _cpu_info()
+    name = info.get("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= info.keys():
+        return name
+    return f"{name} (family {info['cpu family']}, model {info['model']})"
+
+
+def cpu_instructions() -> list[str]:
+    """The instruction sets that decide how fast a CPU multiplies matrices, of those that it has."""
+    return sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16"} & cpu_flags())
 
 
 def memory_bytes() -> int:
@@ -234,3 +244,10 @@ def driver_version() -> str | None:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
         return None
+
+
+def cudnn_version() -> int | None:
+    """Version of cuDNN that torch uses, or None without it."""
+    import torch
+
+    return torch.backends.cudnn.version() if torch.cuda.is_available() else None
