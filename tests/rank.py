@@ -38,7 +38,8 @@ def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
                     Path(folder, f"ready{world.rank}").touch()
                 time.sleep(0.3 if index >= 5 else 0)
             elif world.rank == (0 if kind == "die0" else 1) and index == int(number or -1):
-                if kind.startswith("die") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                if kind.startswith("die") and not Path(folder, "died").exists():
+                    Path(folder, "died").touch()
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif kind == "nan":
                     forward = trainer.forward

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,9 +92,9 @@ def test_two_ranks_equal_one_with_accumulation(alone: Path, tokens_folder: Path,
     assert done.stderr.count("before training") == 1  # one rank speaks
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after", "everyone"), [(2, 1, False), (2, 1, True), (1, 2, False)])
 def test_a_stopped_run_goes_on_with_any_number_of_ranks(
-    alone: Path, tokens_folder: Path, tmp_path: Path, before: int, after: int
+    alone: Path, tokens_folder: Path, tmp_path: Path, before: int, after: int, everyone: bool
 ):
     # Settings must be the same in both parts, so each rank takes what suits it.
     started = subprocess.Popen(
@@ -103,6 +104,9 @@ def test_a_stopped_run_goes_on_with_any_number_of_ranks(
     while not all((tmp_path / f"ready{rank}").exists() for rank in range(before)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    if everyone:  # as SLURM does; torchrun sends the same to its ranks once more
+        for rank in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split():
+            os.kill(int(rank), signal.SIGTERM)
     started.send_signal(signal.SIGTERM)
     _, errors = started.communicate(timeout=60)
     assert started.returncode != 0
@@ -127,6 +131,25 @@ def test_a_dead_rank_ends_the_job_with_one_message(tokens_folder: Path, tmp_path
 def test_a_dead_rank_is_replaced_and_the_run_goes_on(alone: Path, tokens_folder: Path, tmp_path: Path):
     done = run(tmp_path, tokens_folder, 2, "die:12", restarts=1)
     assert done.returncode == 0, done.stderr
+    assert_same(tmp_path, alone)
+    assert results(tmp_path)["sessions"] == 2
+
+
+def test_a_dead_rank_of_two_nodes_is_replaced_and_the_run_goes_on(alone: Path, tokens_folder: Path, tmp_path: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one_node = command(tmp_path, tokens_folder, 2, "die:12", restarts=1)
+    nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    line = [
+        *one_node[:3],
+        *nodes,
+        *(word for word in one_node[3:] if word not in ("--standalone", "--nproc_per_node=2")),
+    ]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    started = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "".join(errors)
     assert_same(tmp_path, alone)
     assert results(tmp_path)["sessions"] == 2
 

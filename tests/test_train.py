@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,11 +108,19 @@ def interrupted(folder: Path, tokens: TokenData, step: int) -> None:
     assert stop.value.exit_status == 128 + signal.SIGTERM
 
 
-def test_a_torn_checkpoint_falls_back_to_the_one_before_it(straight: Path, tokens: TokenData, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda last: last.write_bytes(last.read_bytes()[:-1000]), r"last\.pt is torn, or no checkpoint"),
+        (lambda last: last.unlink(), r"cannot read the checkpoint .*last\.pt"),
+    ],
+)
+def test_a_torn_or_lost_checkpoint_falls_back_to_the_one_before_it(
+    straight: Path, tokens: TokenData, tmp_path: Path, damage: Callable[[Path], object], message: str
+):
     interrupted(tmp_path, tokens, 17)
-    last = tmp_path / "checkpoints/last.pt"
-    last.write_bytes(last.read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match=r"last\.pt is torn, or no checkpoint.*going on from the checkpoint before it"):
+    damage(tmp_path / "checkpoints/last.pt")
+    with pytest.warns(UserWarning, match=rf"{message}.*going on from the checkpoint before it"):
         Trainer(small_experiment(), tokens, tmp_path).run()
     assert_same_run(straight, tmp_path)
 

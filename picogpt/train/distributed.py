@@ -143,9 +143,11 @@ def joined(device: str) -> Iterator[World]:
     if local_rank == 0:
         failure_mark().unlink(missing_ok=True)
     with _peers():
-        # After a restart torchrun's store still has the addresses of the ranks before: each attempt its own names.
         store, rank, size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # After a restart torchrun's store still has the addresses of the ranks before: each attempt its own names.
+            # Where it gives each attempt a store of its own, nodes may count differently.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
         control = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
     with _peers():

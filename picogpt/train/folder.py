@@ -66,7 +66,8 @@ class RunFolder:
         Raises PicogptError when there is one of other settings, or that cannot be read, and `replace` is not given.
         """
         self.work.mkdir(exist_ok=True)
-        if not self.last.exists():
+        # Listed, because a network file system may go on saying of a name that nothing is there when a node asked too early.
+        if not {self.last.name, checkpoint.previous(self.last).name} & set(os.listdir(self.work)):
             return None
         state = self._read(replace)
         if state and state["fingerprint"] == self.fingerprint:

@@ -114,7 +114,7 @@ class Trainer:
 
         With `replace`, a run of other settings in the folder is deleted instead of refused.
         """
-        with ExitStack() as held, _stop_on_signals() as stop:
+        with ExitStack() as held, _stop_on_signals(self.world.size > 1) as stop:
             self.world.from_first(lambda: self._enter(held))
             finished = self.world.from_first(lambda: self.folder.finished(replace))
             if finished:
@@ -434,15 +434,19 @@ def _listed_divisors(number: int) -> str:
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[list[int]]:
-    """Collect signals that ask for a stop; a second one of the same kind has its usual effect at once."""
-    received: list[int] = []
+def _stop_on_signals(launched: bool) -> Iterator[list[int]]:
+    """Collect signals that ask for a stop; a second one of the same kind has its usual effect at once.
 
+    But not where the process was `launched` by torchrun, which passes on what SLURM or a terminal has sent to all
+    processes already: there it would end a rank before the others have saved, and torchrun ends those that stay.
+    """
+    received: list[int] = []
     previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
 
     def remember(number: int, frame: object) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        if not launched:
+            signal.signal(number, previous[number])
 
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, remember)
