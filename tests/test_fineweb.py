@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -457,8 +458,31 @@ def test_a_batch_opens_no_more_files_than_it_has_windows(tmp_path: Path, count: 
         before = len(opened)
         sampler.batch(step)
         assert len(opened) - before <= 2 * 8  # a window may lie in two files
-    held = [path for path in Path("/proc/self/fd").iterdir() if str(tmp_path) in str(path.resolve())]
-    assert len(held) <= shards.OPEN_FILES
+    # Once a file is open, it stays so.
+    for step in range(sampler.steps(1)):
+        sampler.batch(step)
+    before = len(opened)
+    for step in range(sampler.steps(1), sampler.steps(1) + 5):
+        sampler.batch(step)
+    assert len(opened) == before
+
+
+def test_files_are_closed_where_no_more_may_be_open(joined: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (shards.OTHER_FILES + 1,) * 2)
+    ids = open_data(joined).train.ids
+    monkeypatch.undo()
+    whole = np.concatenate([ids[start : start + 100] for start in range(0, len(ids), 100)])
+    assert len(whole) == len(ids)
+    held = [path for path in Path("/proc/self/fd").iterdir() if str(joined) in str(path.resolve())]
+    assert len(held) <= 1 + 1  # a shard, and the validation text while its object lives
+
+
+def test_a_process_that_may_open_few_files_asks_for_more(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: asked.append(limits))
+    assert [shards.may_open(count) for count in (100, 2000, 10_000)] == [100, 2000, 4096 - shards.OTHER_FILES]
+    assert asked == [(2000 + shards.OTHER_FILES, 4096), (4096, 4096)]
 
 
 TRAIN = {"steps": 8, "eval_interval": 4, "eval_train": "part", "micro_batch_size": 2}

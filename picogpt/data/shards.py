@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -27,8 +29,10 @@ from picogpt.progress import counting
 
 MANIFEST = "manifest.json"
 VAL = "val.bin"
-# An open file takes a descriptor, of which a process has about a thousand.
-OPEN_FILES = 256
+# An open shard takes a descriptor and a memory map. Linux gives a process 65,530 maps, and about a thousand descriptors,
+# or as many as it may ask for.
+MOST_OPEN = 1 << 14
+OTHER_FILES = 256
 HASH = r"^[0-9a-f]{64}$"
 
 
@@ -75,12 +79,12 @@ class Manifest(Settings):
 class Joined:
     """The ids of many files, read like one array: slices alone, and a file is opened when a slice lies in it.
 
-    Slices are found by bisection, so that neither opening nor reading costs more where there are more files.
+    Slices are found by bisection, and files stay open, so that a slice costs the same however many files there are.
     """
 
     def __init__(self, counts: Sequence[int], open_part: Callable[[int], TokenFile]):
         self._ends = list(accumulate(counts))
-        self._open = functools.lru_cache(OPEN_FILES)(open_part)
+        self._open = functools.lru_cache(may_open(len(counts)))(open_part)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -107,6 +111,22 @@ class Joined:
             pieces.append(piece)
             start, index = end, index + 1
         return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def may_open(count: int) -> int:
+    """How many of `count` files this process may keep open; its limit is raised for them as far as it may be."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return OTHER_FILES
+    wanted = min(count, MOST_OPEN) + OTHER_FILES
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if soft < min(wanted, hard):
+        with suppress(ValueError, OSError):  # a system with a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), limits[1]))
+            soft = min(wanted, hard)
+    return max(1, min(wanted, soft) - OTHER_FILES)
 
 
 def shard_file(number: int) -> str:
