@@ -64,7 +64,8 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
             write_text(
                 folders[0] / path.name, read_text(path).replace("](../media/", f"](../../../media/reference/{device}/")
             )
-    _sum_up(folders[0])
+    for folder in folders:
+        _sum_up(folder)
     return folders
 
 
@@ -73,7 +74,7 @@ def check(folder: Path) -> None:
     sums = folder / SUMS
     lines = read_text(sums).splitlines() if sums.exists() else []
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(path for path in folder.iterdir() if path.name != SUMS):
         if path.name not in expected:
             raise PicogptError(f"{path} is not in {sums}: make reference writes both")
         actual = sha256_file(path)

@@ -57,6 +57,7 @@ def test_what_was_measured_is_kept(measured: Path):
     link = (kept / "report.md").read_text().split("(")[1].split(")")[0]
     assert (kept / link).resolve() == (pictures / "gpt2_cpu_throughput.png").resolve()
     reference.check(kept)
+    reference.check(pictures)
     (measured / "results/records/ladder/cpu/baseline.json").unlink()
     assert "ladder_cpu_baseline.json" not in [path.name for path in reference.keep(measured, "pipeline")[0].iterdir()]
 
@@ -98,7 +99,9 @@ def test_a_dirty_tree_is_refused(measured: Path, monkeypatch, state: tuple, mess
 def sums(folder: Path) -> None:
     """Fit SHA256SUMS to the files, as somebody would who wants to hide a change."""
     lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.glob("*.json"))
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(folder.iterdir())
+        if path.name != "SHA256SUMS"
     ]
     (folder / "SHA256SUMS").write_text("".join(lines))
 
@@ -127,6 +130,15 @@ def test_a_changed_record_is_found_out(measured: Path):
         read_references([path])
 
 
+@pytest.mark.parametrize("name", ["results/reference/*/report.md", "media/reference/*/gpt2_cpu_throughput.png"])
+def test_a_changed_page_or_picture_is_found_out(measured: Path, name: str):
+    reference.keep(measured, "pipeline")
+    path = next(measured.glob(name))
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(PicogptError, match=rf"{path.name} was edited: its sha256 is"):
+        reference.check(path.parent)
+
+
 def test_a_reference_number_is_shown_as_one(measured: Path, tmp_path: Path):
     speeds = record("ladder h100 baseline", results=SPEEDS)
     top = record("ladder h100 max_autotune", results={"tokens_per_second": 120.0, "final_loss": 9.0})
@@ -146,4 +158,5 @@ def test_a_reference_number_is_shown_as_one(measured: Path, tmp_path: Path):
 def test_tracked_reference_records_are_whole():
     for folder in sorted((ROOT / "results/reference").glob("*/")):
         reference.check(folder)
+        reference.check(ROOT / "media/reference" / folder.name)
         read_references(sorted(folder.glob("*.json")))
