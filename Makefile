@@ -45,7 +45,7 @@ reference: $(READY)
 clean:
 	rm -rf weights/*/pipeline logs results/samples results/records results/report.md results/summary.csv \
 	  media/char_bigram_loss.png media/char_transformer_loss.png media/char_transformer_sample.txt \
-	  media/gpt2_*_loss.png media/gpt2_*_sample.txt media/gpt2_*_throughput.png
+	  media/gpt2_*_loss.png media/gpt2_*_sample.txt media/gpt2_*_throughput.png media/data_scaling.png
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null \

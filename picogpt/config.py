@@ -198,6 +198,17 @@ class PipelineLadder(Settings):
     set: list[str] = Field([], description="overrides of the model, as for --set: [model.n_layer=2]")
 
 
+class PipelineData(Settings):
+    """How the pipeline measures the cost of data."""
+
+    characters: int = Field(8_000_000, ge=1, description="the text is repeated up to so many, to be tokenized")
+    shards: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        description="numbers of simulated shards, small files in a temporary folder"
+    )
+    windows: int = Field(512, ge=1, description="windows of 1,024 tokens in a batch")
+    runs: int = Field(5, ge=1, description="of tokenizing, on each number of cores")
+
+
 class PipelineFineweb(Settings):
     """Which part of FineWeb-Edu the pipeline tokenizes, where a target asks for it."""
 
@@ -229,6 +240,7 @@ class Pipeline(Settings):
     char_transformer: PipelineModel
     gpt2: PipelineGPT2
     ladder: PipelineLadder = PipelineLadder()
+    data: PipelineData
     fineweb: PipelineFineweb
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def require(name: str, machine: MachineConfig, device: hardware.Device, world_si
         raise UsageError(
             f"hardware {name} is {machine.title} ({machine.kind}, {machine.device}), and this device is {device.name}"
             f" ({device.kind}): its numbers would stand under a wrong name. Hardware that fits here: {fits}"
+            + (
+                "; on a cluster, gpu_model in the profile asks for the right GPUs"
+                if "SLURM_JOB_ID" in os.environ
+                else ""
+            )
         )
     if world_size != machine.world_size:
         launch = (

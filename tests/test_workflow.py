@@ -44,6 +44,7 @@ SMALL = {
         "throughput_runs": 2,
         "throughput_streams": 2,
     },
+    "data": {"shards": [2, 5], "windows": 4, "runs": 2, "characters": 10_000},
     "ladder": {"hardware": ["box.yaml"], "set": ["model.n_layer=1", "model.n_embd=16", "model.n_head=2"]},
 }  # fmt: skip
 BOX = {
@@ -55,6 +56,7 @@ ARTIFACTS = (
     "media/gpt2_box_throughput.png",
     "media/gpt2_a30_throughput.png",
     "media/gpt2_cpu_throughput.png",
+    "media/data_scaling.png",
     "media/char_bigram_loss.png",
     "media/char_transformer_loss.png",
     TRANSFORMER_SAMPLE,
@@ -131,7 +133,8 @@ def test_bare_snakemake_lists_every_job_in_a_fresh_clone(tmp_path: Path):
         "sample_gpt2",
         "loss_curve_gpt2",
     }
-    expected |= {"evaluate", "bench_sampling", "bench_sampling_streams", "bench_weights", "bench_train", "throughput"}
+    expected |= {"evaluate", "bench_sampling", "bench_sampling_streams", "bench_weights", "bench_data", "data_scaling"}
+    expected |= {"bench_train", "throughput"}
     assert jobs(run) == expected
     assert "workflow/profiles/default" in run.stderr
 
@@ -189,6 +192,18 @@ def test_a_machine_or_rung_that_is_none_is_named(finished: Path, target: str, me
     run = snakemake(finished, "-n", target)
     assert run.returncode == 1
     assert message in run.stderr + run.stdout
+
+
+def test_a_wrong_hardware_file_is_named(finished: Path):
+    try:
+        (finished / "box.yaml").write_text(yaml.safe_dump({**BOX, "rungs": ["flash"]}))
+        run = snakemake(finished, "-n")
+    finally:
+        (finished / "box.yaml").write_text(yaml.safe_dump(BOX))
+    assert run.returncode == 1
+    assert "box.yaml:" in run.stderr + run.stdout
+    assert "rungs must begin with baseline" in run.stderr + run.stdout
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,24 +11,37 @@ from picogpt.errors import PicogptError
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print what a workflow asks: size (cpu or gpu), gpus, fits.")
+@click.argument("files", nargs=-1)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print what a workflow asks: size (cpu or gpu), gpus, fits, and all machines, those of FILES too.",
+)
 @click.option(
     "--draft", "only_draft", is_flag=True, help="Print a file for this machine, for config/hardware/NAME.yaml."
 )
-def hardware(as_json: bool, only_draft: bool) -> None:
+def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
     """Show what is here: device, the dtype that is fast on it, cores, memory; and which hardware files fit it.
 
-    Where none fits, it prints a draft of one, filled in as far as it can be told.
+    Where none fits, it prints a draft of one, filled in as far as it can be told. FILES, of your own, are checked.
 
     \b
       picogpt hardware
       picogpt hardware --draft > config/hardware/mine.yaml
+      picogpt hardware mine.yaml
     """
     from picogpt import hardware as machine
     from picogpt import machines
 
+    known = {machines.name_of(name): machines.load(name) for name in (*machines.names(), *files)}
     if as_json:
-        here = {"size": machine.size_of_machine(), "gpus": len(machine.nvidia_gpus()), "fits": machines.fitting()}
+        here = {
+            "size": machine.size_of_machine(),
+            "gpus": len(machine.nvidia_gpus()),
+            "fits": machines.fitting(),
+            "machines": {name: settings.model_dump(mode="json") for name, settings in known.items()},
+        }
         click.echo(json.dumps(here))
         return
     if only_draft:
@@ -42,6 +55,8 @@ def hardware(as_json: bool, only_draft: bool) -> None:
     gpus = machine.nvidia_gpus()
     if gpus:
         click.echo(f"GPUs     {len(gpus)}: {', '.join(sorted(set(gpus)))}")
+    for name in map(machines.name_of, files):
+        click.echo(f"file     {name} is right: {known[name].title}, {len(known[name].rungs)} rungs")
     fitting = machines.fitting()
     if fitting:
         click.echo(f"fits     {', '.join(fitting)} (config/hardware/)")

@@ -26,6 +26,16 @@ def loss_curve(run_folder: Path, out: Path) -> None:
     draw_loss_curve(run_folder, out)
 
 
+@report.command("data-scaling")
+@click.argument("record_file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def data_scaling(record_file: Path, out: Path) -> None:
+    """Draw how the cost of data grows, from the record of `picogpt bench data`."""
+    from picogpt.report.scaling import draw_data_scaling
+
+    draw_data_scaling(record_file, out)
+
+
 @report.command()
 @click.option("--hardware", "name", required=True, help="A machine of config/hardware/, or a YAML file of your own.")
 @click.argument("record_files", type=click.Path(path_type=Path), nargs=-1)

@@ -12,6 +12,9 @@ from picogpt.cli.common import KINDS, RUN_PATTERN, WEIGHTS, now, require_fitting
 from picogpt.errors import UsageError
 from picogpt.files import read_text, write_text
 
+BATCH = ("train.batch_size", "train.micro_batch_size", "model.block_size")
+"""Settings that a machine of config/hardware/ brings."""
+
 
 class TrainCommand(click.Command):
     """Lists every setting, from the types that check them, at the end of its help."""
@@ -104,8 +107,11 @@ def train(
         from picogpt import machines
 
         machine = machines.load(hardware)
-        batch = ("train.batch_size", "train.micro_batch_size", "model.block_size")
-        overrides += tuple(f"{key}={getattr(machine, key.split('.')[1])}" for key in batch)
+        batch = {key: getattr(machine, key.split(".")[1]) for key in BATCH}
+        for override in overrides:
+            if override.partition("=")[0] in batch:
+                raise UsageError(f"--set {override}: --hardware {hardware} settles that, from its file; leave out one")
+        overrides += tuple(f"{key}={value}" for key, value in batch.items())
     experiment = load_experiment(config or model_config_file(kind, size_of(size)), overrides)
     if experiment.model.kind != kind:
         raise UsageError(f"{config} describes a {experiment.model.kind}, not a {kind}")

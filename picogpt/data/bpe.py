@@ -43,7 +43,7 @@ class GPT2Tokenizer:
         lines = (line.split() for line in path.read_bytes().splitlines())
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         self.end_of_text: int | None = len(self.ranks)
-        self._bpe = tiktoken.Encoding(
+        self.tiktoken = tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=self.ranks, special_tokens={END_OF_TEXT: len(self.ranks)}
         )
 
@@ -58,7 +58,7 @@ class GPT2Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of distinct tokens: 50,257."""
-        return self._bpe.n_vocab
+        return self.tiktoken.n_vocab
 
     @property
     def sha256(self) -> str:
@@ -71,7 +71,7 @@ class GPT2Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode at position {error.start}: {text[:80]!r}") from error
-        return self._bpe.encode_to_numpy(text, allowed_special="all").astype(np.uint16)
+        return self.tiktoken.encode_to_numpy(text, allowed_special="all").astype(np.uint16)
 
     def encode_documents(self, documents: Sequence[str], threads: int = 0) -> np.ndarray:
         """Token ids, uint16, of documents with `<|endoftext|>` between them; on `threads` cores, 0 for all.
@@ -80,7 +80,7 @@ class GPT2Tokenizer:
         """
         pieces = [(last, piece) for document in documents for last, piece in _pieces(document)]
         with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:  # tiktoken lets go of Python's lock
-            ids = list(pool.map(lambda item: self._bpe.encode_to_numpy(item[1], disallowed_special=()), pieces))
+            ids = list(pool.map(lambda item: self.tiktoken.encode_to_numpy(item[1], disallowed_special=()), pieces))
         end = np.array([len(self.ranks)], dtype=np.uint16)
         parts: list[np.ndarray] = []
         for (last, _), part in zip(pieces, ids, strict=True):
@@ -93,7 +93,7 @@ class GPT2Tokenizer:
 
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
         """Bytes of token ids: a token may end inside a character."""
-        return self._bpe.decode_bytes([int(index) for index in ids])
+        return self.tiktoken.decode_bytes([int(index) for index in ids])
 
 
 def fetch_ranks(folder: str | Path) -> Path:

@@ -1,5 +1,5 @@
 # in:  GPT-2 as trained here, and OpenAI's where the hub could be reached
-# out: results/records/: what each knows, how fast it samples, what it weighs
+# out: results/records/: what each knows, how fast it samples, what it weighs; how the cost of data grows
 
 
 localrules:
@@ -90,6 +90,36 @@ use rule bench_sampling as bench_sampling_streams with:
         ],
         tokens=config["gpt2"]["throughput_tokens"],
         runs=config["gpt2"]["throughput_runs"],
+
+
+rule bench_data:
+    """
+    How the cost of data grows: tokenizing with the cores, in turn with tiktoken's own; reading with the number of shards.
+    """
+    input:
+        text=corpus_file(),
+        ranks="resources/gpt2.tiktoken",
+    output:
+        "results/records/data.json",
+    log:
+        "logs/bench_data.log",
+    conda:
+        "../envs/picogpt.yaml"
+    resources:
+        machine=100,
+        runtime=30,
+        mem_mb=4000,
+        cpus_per_task=CPUS,
+    params:
+        shards=[f"--shards={count}" for count in config["data"]["shards"]],
+        settings=[f"--{key}={value}" for key, value in config["data"].items() if key != "shards"],
+    shell:
+        "picogpt bench data"
+        " --text {input.text:q}"
+        " {params.shards:q}"
+        " {params.settings:q}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule bench_weights:

@@ -61,8 +61,10 @@ def corpus_name():
 
 def picogpt(*arguments):
     """What the command line answers, for what has to be known before there is a plan."""
-    command = [sys.executable, "-m", "picogpt", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    answer = subprocess.run([sys.executable, "-m", "picogpt", *arguments], capture_output=True, text=True)
+    if answer.returncode:
+        raise WorkflowError(answer.stderr.strip() or f"picogpt {' '.join(arguments)} failed")
+    return answer.stdout.strip()
 
 
 def hub_state():
@@ -89,18 +91,44 @@ def refuse_auto():
         )
 
 
+# What SLURM says when it takes a job not, and what to change then.
+PROFILE = "workflow/profiles/slurm/config.yaml"
+ADVICE = {
+    "account": f"default-resources: slurm_account in {PROFILE} says who pays: sacctmgr show associations user=$USER format=account",
+    "invalid partition": f"default-resources: slurm_partition in {PROFILE} must be one of the cluster's: sinfo -s",
+    "Requested node configuration is not available": "no node of the partition has so many GPUs, cores, or so much memory:"
+    " sinfo -o '%P %D %c %m %G' lists what they have; `ranks` and `nodes` in config/hardware/ ask for GPUs",
+    "Invalid generic resource": f"config: gpu_model in {PROFILE} must be what the cluster calls its GPUs: sinfo -o %G",
+    "time limit": f"`runtime` in {PROFILE} is longer than the partition allows: sinfo -o '%P %l'",
+}
+
+
+def advise(log):
+    """Say what to change where SLURM took a job not."""
+    refused = [
+        line for line in Path(log).read_text().splitlines() if "sbatch: error" in line or "sbatch failed" in line
+    ]
+    for words, advice in ADVICE.items():
+        if any(words in line for line in refused):
+            print(f"picogpt: {advice} (docs/slurm.md)", file=sys.stderr)
+
+
 def launch(ranks, nodes=1):
     """
     How a command that trains is started: one process for each of several devices, on one node or on those of a SLURM job.
 
     Jobs that meet on the same node have ports of their own, by their number, below those that Linux gives away.
     """
+    # A rank that is lost is replaced once, from the last checkpoint; one that was told to stop has time to save.
+    torchrun = f"torchrun --nproc_per_node={ranks} --max-restarts=1 --shutdown-timeout=100"
     if nodes == 1:
-        return f"torchrun --standalone --nproc_per_node={ranks} -m picogpt" if ranks > 1 else "picogpt"
+        return f"{torchrun} --standalone -m picogpt" if ranks > 1 else "picogpt"
     return (
         "srun --jobid=${SLURM_JOB_ID:?several nodes need snakemake --workflow-profile workflow/profiles/slurm}"
         f" --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1"
-        f" torchrun --nnodes={nodes} --nproc_per_node={ranks} --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID"
+        # Each attempt with a store of its own: the nodes need not agree on how many there were.
+        " env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        f" {torchrun} --nnodes={nodes} --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID"
         " --rdzv-endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 20000)) -m picogpt"
     )
 
@@ -124,8 +152,9 @@ def deciding(path):
     return json.dumps({key: value for key, value in tree.items() if key != "runtime"}, sort_keys=True)
 
 
-# What is here: which settings of a model fit it, how many GPUs, which files of config/hardware/.
-HERE = json.loads(picogpt("hardware", "--json"))
+# What is here: which settings of a model fit it, how many GPUs, which files of config/hardware/; and all those files.
+ASKED = config["ladder"]["hardware"]
+HERE = json.loads(picogpt("hardware", "--json", *([] if ASKED == "auto" else ASKED)))
 SIZE = HERE["size"] if config["size"] == "auto" else config["size"]
 CORPUS = corpus_name()
 GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"

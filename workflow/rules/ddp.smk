@@ -25,7 +25,7 @@ rule train_fineweb:
     resources:
         machine=100,
         runtime=240,
-        mem_mb=lambda wildcards: 16000 * machine_settings(wildcards.hardware).get("ranks", 1),
+        mem_mb=lambda wildcards: 16000 * machine_settings(wildcards.hardware)["ranks"],
         nodes=lambda wildcards: allocation(wildcards.hardware, "nodes"),
         gpu=lambda wildcards: allocation(wildcards.hardware, "gpu"),
         gpu_model=lambda wildcards: allocation(wildcards.hardware, "gpu_model"),
@@ -39,7 +39,7 @@ rule train_fineweb:
         folder=lambda wildcards, output: Path(output[0]).parent,
         tokens=lambda wildcards, input: Path(input[0]).parent,
         machine=lambda wildcards: machine_argument(wildcards.hardware),
-        machine_settings=lambda wildcards: rung_settings(wildcards.hardware, "baseline"),
+        machine_settings=lambda wildcards: batch_settings(wildcards.hardware),
         config_file=lambda wildcards: training_file(wildcards.hardware),
         settings=lambda wildcards: deciding(training_file(wildcards.hardware)),
         overrides=[f"--set={pair}" for pair in config["fineweb"]["set"]],

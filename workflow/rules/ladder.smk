@@ -28,7 +28,7 @@ rule bench_train:
     resources:
         machine=100,
         runtime=60,
-        mem_mb=lambda wildcards: 12000 * machine_settings(wildcards.hardware).get("ranks", 1),
+        mem_mb=lambda wildcards: 12000 * machine_settings(wildcards.hardware)["ranks"],
         nodes=lambda wildcards: allocation(wildcards.hardware, "nodes"),
         gpu=lambda wildcards: allocation(wildcards.hardware, "gpu"),
         gpu_model=lambda wildcards: allocation(wildcards.hardware, "gpu_model"),

@@ -6,9 +6,8 @@ REFERENCE = Path(workflow.basedir, "../results/reference")
 
 # What the ladder is measured on: the machines that were asked for, or those that this one fits. By name: what the
 # command line calls it. A file of one's own is called by its path.
-ASKED = HERE["fits"] if config["ladder"]["hardware"] == "auto" else config["ladder"]["hardware"]
-MEASURED = {Path(argument).stem: argument for argument in ASKED}
-HARDWARE = sorted({path.stem for path in SHIPPED.glob("*.yaml")} | MEASURED.keys())
+MEASURED = {Path(argument).stem: argument for argument in (HERE["fits"] if ASKED == "auto" else ASKED)}
+HARDWARE = sorted(HERE["machines"])
 
 
 def machine_argument(name):
@@ -17,24 +16,22 @@ def machine_argument(name):
 
 
 def machine_settings(name):
-    """A machine's file."""
-    argument = machine_argument(name)
-    path = Path(argument) if Path(argument).suffix else SHIPPED / f"{name}.yaml"
-    if not path.exists():
+    """What a machine's file says, checked, with its defaults."""
+    if name not in HERE["machines"]:
         raise WorkflowError(f"there is no hardware {name}: {', '.join(HARDWARE)} are in config/hardware/")
-    return yaml.safe_load(path.read_text())
+    return HERE["machines"][name]
 
 
 def machine_launch(name):
     """How a command that trains is started on a machine."""
     machine = machine_settings(name)
-    return launch(machine.get("ranks", 1), machine.get("nodes", 1))
+    return launch(machine["ranks"], machine["nodes"])
 
 
 def allocation(name, resource):
     """What a job on a machine asks for; None: it does not. One task a node starts the ranks there, by srun on several."""
     machine = machine_settings(name)
-    nodes, ranks, several = machine.get("nodes", 1), machine.get("ranks", 1), machine.get("nodes", 1) > 1
+    nodes, ranks, several = machine["nodes"], machine["ranks"], machine["nodes"] > 1
     on_gpu = machine["kind"] == "cuda"
     return {
         "nodes": nodes,
@@ -49,11 +46,16 @@ def allocation(name, resource):
 def rung_settings(name, rung):
     """What decides the record of a rung: the machine's settings, and the rungs that stand before it."""
     tree = machine_settings(name)
-    rungs = tree.pop("rungs")
-    tree.pop("title", None)
+    rungs = tree["rungs"]
     if rung not in rungs:
         raise WorkflowError(f"hardware {name} has no rung {rung}; it has {', '.join(rungs)}")
-    return json.dumps({**tree, "rungs": rungs[: rungs.index(rung) + 1]}, sort_keys=True)
+    deciding = {key: value for key, value in tree.items() if key not in ("title", "training")}
+    return json.dumps({**deciding, "rungs": rungs[: rungs.index(rung) + 1]}, sort_keys=True)
+
+
+def batch_settings(name):
+    """What a long training takes of a machine's file; how its ladder is measured is not of it."""
+    return json.dumps({key: machine_settings(name)[key] for key in ("device", "batch_size", "block_size")})
 
 
 def ladder_records(name):
@@ -69,11 +71,11 @@ def ladder_references(name):
 
 def training_file(name):
     """The settings of the long training that the write-up shows on a machine, as seen from the working directory."""
-    training = machine_settings(name).get("training")
+    training = machine_settings(name)["training"]
     if training is None:
         raise WorkflowError(f"hardware {name} has no long training: config/hardware/{name}.yaml names none")
     return os.path.relpath(SHIPPED / f"../models/{training}.yaml")
 
 
 # Measured here, and shown with a long training.
-DISTRIBUTED = [name for name in MEASURED if machine_settings(name).get("training")]
+DISTRIBUTED = [name for name in MEASURED if machine_settings(name)["training"]]

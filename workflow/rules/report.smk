@@ -1,10 +1,11 @@
 # in:  records, metrics and samples
-# out: media/*_loss.png, results/summary.csv, results/report.md
+# out: media/*_loss.png, media/data_scaling.png, results/summary.csv, results/report.md
 
 
 localrules:
     loss_curve,
     loss_curve_gpt2,
+    data_scaling,
     summary,
     page,
 
@@ -21,6 +22,7 @@ RECORDS = [
     ),
     "results/records/sampling_gpt2_bfloat16_streams.json",
     "results/records/weights.json",
+    "results/records/data.json",
     *(path for name in MEASURED for path in ladder_records(name)),
 ]
 REFERENCES = sorted(map(str, REFERENCE.glob("*/*.json")))
@@ -71,6 +73,28 @@ use rule loss_curve as loss_curve_gpt2 with:
         run_folder=lambda wildcards, input: Path(input[0]).parent,
 
 
+rule data_scaling:
+    """Draw how the cost of data grows: it should be a straight line on the left, and flat on the right."""
+    input:
+        "results/records/data.json",
+    output:
+        report(
+            "media/data_scaling.png",
+            caption="../report/data_scaling.rst",
+            category="data",
+            labels={"model": "all", "artifact": "cost of data"},
+        ),
+    log:
+        "logs/data_scaling.log",
+    conda:
+        "../envs/picogpt.yaml"
+    resources:
+        runtime=5,
+        mem_mb=1000,
+    shell:
+        "picogpt report data-scaling" " {input:q}" " --out {output:q}" " > {log:q} 2>&1"
+
+
 rule summary:
     """Put each published number beside the measured one, and say whether it was reproduced and why not."""
     input:
@@ -106,6 +130,7 @@ rule page:
         references=REFERENCES,
         figures=[
             *expand("media/{model}_loss.png", model=[*MODELS, f"gpt2_{CORPUS}"]),
+            "media/data_scaling.png",
             *expand("media/gpt2_{hardware}_throughput.png", hardware=HARDWARE),
             *expand("media/gpt2_{hardware}_loss.png", hardware=DISTRIBUTED),
         ],
