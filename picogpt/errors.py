@@ -54,7 +54,17 @@ def first_to_fail() -> bool:
 def failure_mark() -> Path:
     """The file that the first of the failing ranks leaves: one for each start by one torchrun, their parent."""
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Path(tempfile.gettempdir()) / f"picogpt-failed-{os.getppid()}-{start}"
+    return Path(tempfile.gettempdir()) / f"picogpt-failed-{launcher()}-{start}"
+
+
+def launcher() -> str:
+    """The process that started this one, told from one that had its number before: number and time of its start."""
+    parent = os.getppid()
+    try:
+        born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):  # not Linux
+        born = "0"
+    return f"{parent}-{born}"
 
 
 def is_compile_error(error: BaseException) -> bool:
@@ -64,4 +74,5 @@ def is_compile_error(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on a CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "not enough memory" in str(error)

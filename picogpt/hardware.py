@@ -47,18 +47,29 @@ def size_of_machine() -> str:
 
 @cache
 def nvidia_gpus() -> tuple[str, ...]:
-    """Names of the NVIDIA GPUs that the driver lists, filtered by CUDA_VISIBLE_DEVICES=''; empty without a driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    """Names of the NVIDIA GPUs that the driver lists and CUDA_VISIBLE_DEVICES shows; empty without a driver."""
+    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or visible == "":
         return ()
-    query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    query = [tool, "--query-gpu=uuid,name", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
-    names = tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names if visible is None else names[: len(visible.split(","))]
+    gpus = [line.partition(",") for line in answer.stdout.splitlines() if line.strip()]
+    if visible is None:
+        return tuple(name.strip() for _, _, name in gpus)
+    shown: list[str] = []
+    for entry in (entry.strip() for entry in visible.split(",")):
+        if entry.isdigit() and int(entry) < len(gpus):
+            shown.append(gpus[int(entry)][2].strip())
+        elif entry.startswith("MIG-"):
+            shown.append("a slice of an NVIDIA GPU")
+        elif entry.startswith("GPU-") and (found := [name for uuid, _, name in gpus if uuid.startswith(entry)]):
+            shown.append(found[0].strip())
+        else:  # CUDA too sees nothing from the first wrong entry on
+            break
+    return tuple(shown)
 
 
 def select(device: str = "auto", dtype: str = "auto") -> Device:
@@ -66,6 +77,8 @@ def select(device: str = "auto", dtype: str = "auto") -> Device:
 
     Raises UsageError when a device is asked for that is not here.
     """
+    if device == "cpu":  # known without torch, which takes seconds to load
+        return _cpu(dtype)
     import torch
 
     if device == "auto":
@@ -85,18 +98,27 @@ def select(device: str = "auto", dtype: str = "auto") -> Device:
             raise UsageError("device 'mps' was asked for and is not here; --device cpu works")
         fast, name = False, f"Apple {platform.machine()}"
     else:
-        fast, name = cpu_multiplies_bfloat16(), cpu_name()
+        return _cpu(dtype)
     chosen = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
     return Device(name=name, torch_name=device, dtype=chosen)
 
 
-# Dense bfloat16 FLOP/s with float32 sums, from NVIDIA's data sheets. A device that is not here has no MFU.
+def _cpu(dtype: str) -> Device:
+    chosen = ("bfloat16" if cpu_multiplies_bfloat16() else "float32") if dtype == "auto" else dtype
+    return Device(name=cpu_name(), torch_name="cpu", dtype=chosen)
+
+
+# Dense bfloat16 FLOP/s with float32 sums, from NVIDIA's data sheets, by whole names: a slice of a GPU bears its name too.
+# A device that is not here has no MFU.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA A30": 165e12,
 }
 
@@ -105,7 +127,7 @@ def peak_flops(device: Device) -> float | None:
     """Peak bfloat16 FLOP/s of a device by its maker's figures; None where they, or bfloat16, are not used."""
     if device.dtype != "bfloat16":
         return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if device.name.startswith(name)), None)
+    return PEAK_FLOPS.get(device.name)
 
 
 def peak_memory_bytes(device: Device) -> int:

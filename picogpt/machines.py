@@ -43,9 +43,9 @@ def name_of(name: str) -> str:
 
 
 def here() -> tuple[str, list[str]]:
-    """(kind, device names) of what would be trained on here, without torch: the GPUs, or else the CPU."""
+    """(kind, device names) of what would be trained on here: the GPUs that torch can use, or else the CPU."""
     gpus = hardware.nvidia_gpus()
-    return ("cuda", list(gpus)) if gpus else ("cpu", [hardware.cpu_name()])
+    return ("cuda", list(gpus)) if gpus and hardware.size_of_machine() == "gpu" else ("cpu", [hardware.cpu_name()])
 
 
 def fitting() -> list[str]:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 LINE_INTERVAL_S = 10.0
 
@@ -40,21 +40,20 @@ def counting(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
-class Encoding:
-    """A bar of documents with tokens/s and time left; on a file or a pipe a line every few seconds."""
+class _Noted:
+    """A live bar with a count, the time left and a note, on a terminal; elsewhere nothing but what a subclass prints."""
 
-    def __init__(self, name: str, total: int):
-        self.name, self.total, self.documents, self.tokens = name, total, 0, 0
-        self._began = self._last_line = time.monotonic()
+    def __init__(self, name: str, total: int, completed: int = 0, shown: bool = True):
+        self.name, self.total, self.shown = name, total, shown
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=_console())
-            self._task = self._bar.add_task(name, total=total, note="")
+            self._task = self._bar.add_task(name, total=total, completed=completed, note="")
 
-    def __enter__(self) -> Encoding:
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         return self
@@ -62,6 +61,15 @@ class Encoding:
     def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
+
+
+class Encoding(_Noted):
+    """A bar of documents with tokens/s and time left; on a file or a pipe a line every few seconds."""
+
+    def __init__(self, name: str, total: int):
+        super().__init__(name, total)
+        self.documents = self.tokens = 0
+        self._began = self._last_line = time.monotonic()
 
     def advance(self, documents: int, tokens: int) -> None:
         """Show that so many more documents, and tokens, are done."""
@@ -79,32 +87,16 @@ class Encoding:
             print(f"{self.name}: {counted}  {note}  {left} left", file=sys.stderr, flush=True)
 
 
-class Training:
+class Training(_Noted):
     """A bar of steps with loss, tokens/s and time left; on a file or a pipe a line every few seconds.
 
     With `shown` false it is silent: one rank of several speaks.
     """
 
     def __init__(self, name: str, total_steps: int, start_step: int, shown: bool = True):
-        self.name, self.total, self.shown = name, total_steps, shown
+        super().__init__(name, total_steps, start_step, shown)
         self._first: tuple[int, float] | None = None  # step and time of the first update: rates count from there
         self._last_line = -LINE_INTERVAL_S
-        self._bar: Any = None
-        if shown and sys.stderr.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=_console())
-            self._task = self._bar.add_task(name, total=total_steps, completed=start_step, note="")
-
-    def __enter__(self) -> Training:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def update(self, step: int, loss: float, tokens_per_second: float, val_loss: float | None) -> None:
         """Show that `step` steps are done. `loss` in nats a token, `val_loss` the latest one."""

@@ -46,6 +46,19 @@ def provenance(device: hardware.Device) -> dict[str, Any]:
     }
 
 
+def unreachable(kind: str, reason: str) -> dict[str, Any]:
+    """The record of what could not be measured because the hub did not answer."""
+    return {
+        **provenance(hardware.select("cpu")),
+        "kind": kind,
+        "corpus": {},
+        "config": {},
+        "not_measured": "hub unreachable",
+        "reason": reason,
+        "results": {},
+    }
+
+
 def write(path: str | Path, record: dict[str, Any]) -> None:
     """Write a record. Raises PicogptError when a required part is missing or the file cannot be written."""
     _check(record, str(path))
@@ -77,6 +90,9 @@ def _check(record: Any, path: str) -> None:
     missing = [key for key in REQUIRED if not isinstance(record, dict) or key not in record]
     if missing:
         raise PicogptError(f"{path} is not a complete result record: {', '.join(missing)} missing")
+    wrong = [key for key in ("device", "software", "corpus", "config", "results") if not isinstance(record[key], dict)]
+    if wrong:
+        raise PicogptError(f"{path} is not a result record: {', '.join(wrong)} must be mappings")
     if record["schema_version"] != SCHEMA_VERSION:
         raise PicogptError(
             f"{path} has schema version {record['schema_version']} and this picogpt reads {SCHEMA_VERSION}: make it again"

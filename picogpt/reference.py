@@ -35,7 +35,9 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     commit, dirty = records.commit()
     if commit is None or dirty:
         state = "is no git checkout" if commit is None else "has uncommitted changes"
-        raise PicogptError(f"the source of picogpt {state}: reference records must say which code made them")
+        raise PicogptError(
+            f"the source of picogpt {state}: reference records must say which code made them; commit first"
+        )
     paths = [path for pattern in RECORDS for path in sorted(root.glob(pattern.format(run=run)))]
     found = {path: record for path in paths if "not_measured" not in (record := records.read(path))}
     if not found:
@@ -43,12 +45,12 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     for path, record in found.items():
         require_good(path, record)
     trained = [record["device"] for record in found.values() if record["kind"].startswith(("train ", "ladder "))]
-    names = {device["name"] for device in trained}
+    names = {slug(device) for device in trained}
     if len(names) != 1:
         raise PicogptError(
             f"records of one device make a reference, and these are of {', '.join(sorted(names)) or 'none'}"
         )
-    device = slug(trained[0])
+    (device,) = names
     folders = root / "results/reference" / device, root / "media/reference" / device
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
+LONGEST_S = 600
+"""For anything to happen, on a machine with much else to do."""
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 # Devices that exist everywhere take the place of GPUs: nobody opens them.
 DEVICES = ("/dev/null", "/dev/zero")
@@ -27,7 +30,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=10
+AuthInfo=socket={folder}/munge/socket
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -43,9 +46,19 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
+SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
-MinJobAge=300
-KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+FirstJobId={first_job}
+# So long that a machine with much else to do does not meet them.
+MinJobAge=3600
+KillWait=120
+MessageTimeout=100
+TCPTimeout=30
+BatchStartTimeout=300
+UnkillableStepTimeout=600
+SlurmdTimeout=0
 OverTimeLimit=0
 ReturnToService=0
 GresTypes=gpu
@@ -103,17 +116,23 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with ExitStack() as open_sockets:
-        listening = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listening:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listening]
+    """Ports that nobody listens on, below those that the system gives away meanwhile."""
+    ports: list[int] = []
+    for port in random.sample(range(20000, 32000), 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError("no free ports")
 
 
 @contextmanager
-def running(folder: Path, partitions: dict[str, tuple[str, ...]]) -> Iterator[Cluster]:
-    """Start the daemons, a node each for the names in `partitions`; at the end stop what was started."""
+def running(folder: Path, partitions: dict[str, tuple[str, ...]], urgent: str) -> Iterator[Cluster]:
+    """Start the daemons, a node each for the names in `partitions`; at the end stop what was started.
+
+    Jobs of the partition `urgent` take the place of others on their nodes, which get 30 seconds.
+    """
     cluster = Cluster(folder)
     nodes = list(dict.fromkeys(node for names in partitions.values() for node in names))
     host, ports = socket.gethostname().partition(".")[0], free_ports(1 + len(nodes))
@@ -128,11 +147,13 @@ def running(folder: Path, partitions: dict[str, tuple[str, ...]]) -> Iterator[Cl
     ]
     parts = [
         f"PartitionName={name} Nodes={','.join(names)} Default={'YES' if name == next(iter(partitions)) else 'NO'} State=UP"
+        + (" PriorityTier=10 PreemptMode=OFF" if name == urgent else " PriorityTier=1 GraceTime=30")
         for name, names in partitions.items()
     ]
     configuration = CONFIGURATION.format(
-        host=host, ports=ports, folder=folder, nodes="\n".join(lines), partitions="\n".join(parts)
-    )
+        host=host, ports=ports, folder=folder, nodes="\n".join(lines), partitions="\n".join(parts),
+        first_job=random.randrange(1, 15000),
+    )  # fmt: skip
     (folder / "slurm.conf").write_text(configuration)
     (folder / "gres.conf").write_text("".join(f"Name=gpu Type=h100 File={device}\n" for device in DEVICES))
     (folder / "job_submit.lua").write_text(SUBMIT)
@@ -172,7 +193,8 @@ def _states(cluster: Cluster) -> set[str]:
 
 def _end_jobs(cluster: Cluster) -> None:
     """No process of a job outlives the daemons. Without cgroups SLURM itself loses those whose parent has ended."""
-    cluster.ask("scancel", "--user=root")
+    with suppress(RuntimeError, subprocess.TimeoutExpired):
+        cluster.ask("scancel", "--user=root")
     mark = f"SLURM_CONF={cluster.folder}/slurm.conf\0".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -181,13 +203,15 @@ def _end_jobs(cluster: Cluster) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
 
 
-def wait_for(condition, what: str, cluster: Cluster, seconds: float = 60) -> None:
-    """Raises TimeoutError with the daemons' logs when it does not come true in time."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition, what: str, cluster: Cluster, needed: subprocess.Popen | None = None) -> None:
+    """Raises TimeoutError with the daemons' logs when it does not come true, or `needed` ends before that."""
+    deadline = time.monotonic() + LONGEST_S
     while not condition():
+        if needed and needed.poll() is not None:
+            raise TimeoutError(f"{what}: what should bring it has ended with {needed.returncode}\n{cluster.logs()}")
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {seconds} s\n{cluster.logs()}")
-        time.sleep(0.1)
+            raise TimeoutError(f"{what}: not within {LONGEST_S} s\n{cluster.logs()}")
+        time.sleep(0.3)
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -65,9 +65,9 @@ def test_broken_unicode_is_a_usage_error(gpt2: GPT2Tokenizer):
 def test_pieces_on_several_cores_give_the_ids_of_the_whole(gpt2: GPT2Tokenizer, monkeypatch, piece: int):
     monkeypatch.setattr(bpe, "PIECE_CHARACTERS", piece)
     text = ("a\nb\n\n c\t\n d \n" + STRANGE) * 3
-    whole = gpt2._bpe.encode_ordinary(text)
+    whole = gpt2.tiktoken.encode_ordinary(text)
     assert gpt2.encode_documents([text], threads=2).tolist() == whole
-    first, second = gpt2._bpe.encode_ordinary("a\n b"), gpt2._bpe.encode_ordinary(text)
+    first, second = gpt2.tiktoken.encode_ordinary("a\n b"), gpt2.tiktoken.encode_ordinary(text)
     assert gpt2.encode_documents(["a\n b", text]).tolist() == [*first, 50256, *second]
 
 

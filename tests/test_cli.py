@@ -165,5 +165,35 @@ def test_ctrl_c_ends_with_its_status_and_says_how_to_go_on(corpus: Path, tmp_pat
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "stopped by SIGINT at step" in errors
-    assert "--run a goes on from there" in errors
+    assert "everything is saved in weights/char_bigram/a/checkpoints: the same command goes on from there" in errors
     assert "Traceback" not in errors
+
+
+def test_a_stopped_run_without_a_name_says_which_name_goes_on(corpus: Path, tmp_path: Path, gpt2_resources: Path):
+    (tmp_path / "resources").symlink_to(gpt2_resources)
+    subprocess.run([sys.executable, "-m", "picogpt", "tokenize", "gpt2", "--text", corpus], cwd=tmp_path, check=True)
+    small = ["--set=model.n_layer=1", "--set=model.n_head=1", "--set=model.n_embd=8", "--set=model.block_size=8"]
+    command = [sys.executable, "-m", "picogpt", "train", "gpt2", "--steps", "1000000", *small]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert "before training" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    (folder,) = (tmp_path / "weights/gpt2").iterdir()
+    assert f"the same command with --run {folder.name} goes on from there" in errors
+    again = [*command[:6], "4", "--run", folder.name, *small]  # another number of steps: other settings, not a new run
+    run = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, "holds a run of other settings" in run.stderr) == (1, True)
+
+
+def test_memory_that_runs_out_is_a_message(picogpt, monkeypatch: pytest.MonkeyPatch):
+    from picogpt import machines
+
+    def hungry() -> list[str]:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(machines, "names", hungry)
+    run = picogpt("hardware")
+    assert run.status == 1
+    assert run.err.startswith("picogpt: out of memory (")
+    assert "--num-samples" in run.err

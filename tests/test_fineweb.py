@@ -23,6 +23,7 @@ from test_distributed import assert_same
 from test_distributed import run as train
 from test_tokens import rewrite_header
 from test_workflow import SMALL, SNAKEMAKE
+from test_workflow import jobs as planned
 
 from picogpt import hub as hub_client
 from picogpt import records
@@ -528,8 +529,10 @@ def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
         environment = {"PYTHONPATH": str(tree), "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder / "hub")}
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
 
+    assert "fetch_fineweb" not in planned(snakemake("-n"))  # it cannot be had: the report will say so
     with hub_server.running() as hub:
         hub.files.update({hub_path(number): content for number, content in enumerate(contents)})
+        assert "fetch_fineweb" in planned(snakemake("-n", endpoint=hub.address))
         notes = [f"resources/fineweb-edu/{number:05}.txt" for number in range(2)]
         fetched = snakemake(*notes, endpoint=hub.address)
         assert fetched.returncode == 0, fetched.stderr

@@ -90,7 +90,7 @@ def test_a_record_has_every_step_and_what_ran(climbed: dict[str, dict], tmp_path
     assert "BlockedAttention" in attention["best_attention"]
     assert climbed["baseline"]["setup"] == {
         "bfloat16": False, "tf32": False, "compile": None, "attention": "attention_written_out", "loss": "plain_loss",
-        "optimizer": "AdamW",
+        "optimizer": "AdamW", "best_backend": False, "kept_memory": False,
     }  # fmt: skip
     assert climbed["kept_memory"]["setup"]["attention"] == "attend"
 
@@ -158,6 +158,25 @@ def test_the_rung_of_torch_compile(
             assert record["not_measured"].startswith("torch.compile does not work here")
             assert picogpt(*arguments, "--rung", "flash").status == 0  # goes on without it, and says so
             assert records.read(tmp_path / "record.json")["setup"]["compile"] is None
+
+
+@pytest.mark.slow
+def test_every_layer_is_compiled_also_where_attention_is_not(tokens: TokenData, box: Path):
+    """Ten layers: for eight programs of the same lines torch makes no more."""
+    config = GPT2Config(kind="gpt2", n_layer=10, n_head=2, n_embd=16)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        record = ladder.measure("box", machines.load(str(box)), "best_attention", config, tokens, World())
+    assert record["setup"]["compile"] == "default"
+    assert record["setup"]["attention"] == "attend"
+
+
+def test_the_record_says_what_ran(climbed: dict[str, dict]):
+    trains = {rung: climbed[rung]["config"]["train"] for rung in ("baseline", "bf16", "kept_memory")}
+    assert {rung: train["batch_size"] for rung, train in trains.items()} == dict.fromkeys(trains, 4)
+    assert [train["dtype"] for train in trains.values()] == ["float32", "bfloat16", "bfloat16"]
+    assert [train["weight_decay"] for train in trains.values()] == [0.0, 0.0, 0.1]
+    assert climbed["baseline"]["config"]["model"]["block_size"] == 16
+    assert climbed["kept_memory"]["setup"]["kept_memory"]
 
 
 def test_the_command_refuses_what_it_cannot_measure(picogpt, box: Path, gpt2_tokens: TokenData, tmp_path: Path):
@@ -280,12 +299,15 @@ def test_a_ladder_never_gets_a_rung_from_another_machine(climbed, tmp_path: Path
     assert set(read_references([*first, other])) == {"ladder a30 baseline", "ladder a30 bf16"}
 
 
-def test_rungs_of_another_device_or_without_a_baseline_are_not_compared(climbed, box: Path, tmp_path: Path):
+def test_rungs_of_another_device_or_without_a_baseline_are_not_compared(
+    monkeypatch, climbed, box: Path, tmp_path: Path
+):
     baseline, flash = (json.loads(json.dumps(climbed[rung])) for rung in ("baseline", "flash"))
     records.write(tmp_path / "flash.json", flash)
-    draw_throughput(
-        str(box), [tmp_path / "flash.json"], [], tmp_path / "box.png"
-    )  # says that nothing is to compare with
+    written = texts_of(monkeypatch)
+    draw_throughput(str(box), [tmp_path / "flash.json"], [], tmp_path / "box.png")
+    assert "The baseline was not measured: no speed-ups." in written
+    assert "records without a baseline" in written
     baseline["device"]["name"] = "another CPU"
     records.write(tmp_path / "baseline.json", baseline)
     with pytest.raises(

@@ -16,6 +16,7 @@ TREE = {
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(hardware, "nvidia_gpus", lambda: names)
+    monkeypatch.setattr(hardware, "size_of_machine", lambda: "gpu" if names else "cpu")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,43 @@ def test_another_number_of_ranks_is_refused_with_the_command_that_is_right():
         UsageError, match=r"has 2 ranks and 1 started: run it by torchrun --standalone --nproc_per_node=2"
     ):
         machines.require("h100x2", machine, hardware.Device("NVIDIA H100 PCIe", "cuda:0", "bfloat16"), 1)
+
+
+def test_gpus_that_torch_cannot_use_are_not_planned_for(monkeypatch):
+    gpus(monkeypatch, "NVIDIA A30")
+    monkeypatch.setattr(hardware, "size_of_machine", lambda: "cpu")  # a build of torch for CPUs
+    assert machines.fitting() == ["cpu"]
+
+
+H100, A30 = "NVIDIA H100 PCIe", "NVIDIA A30"
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, (H100, A30)), ("", ()), ("-1", ()), ("1", (A30,)), ("1,0", (A30, H100)), ("0,7,1", (H100,)),
+        ("GPU-bb", (A30,)), ("MIG-cc", ("a slice of an NVIDIA GPU",)),
+    ],
+)  # fmt: skip
+def test_the_gpus_are_those_that_are_visible(monkeypatch, tmp_path, visible: str | None, expected: tuple):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho 'GPU-aa11, {H100}'\necho 'GPU-bb22, {A30}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    hardware.nvidia_gpus.cache_clear()
+    assert hardware.nvidia_gpus() == expected
+    hardware.nvidia_gpus.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA A30", 165e12), ("NVIDIA A30 MIG 1g.6gb", None), ("NVIDIA H200 NVL", None)]
+)
+def test_a_device_whose_peak_is_not_known_has_none(name: str, peak: float | None):
+    assert hardware.peak_flops(hardware.Device(name, "cuda:0", "bfloat16")) == peak
 
 
 @pytest.mark.parametrize("devices", [(), ("NVIDIA L40S", "NVIDIA L40S")])

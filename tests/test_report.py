@@ -8,7 +8,7 @@ from conftest import ROOT, small_experiment
 from picogpt.config import Experiment
 from picogpt.data import assets
 from picogpt.data.tokens import TokenData
-from picogpt.report.published import CORPUS, Number, compare, numbers
+from picogpt.report.published import CORPUS, Number, compare, numbers, value_of
 from picogpt.train.loop import Trainer
 
 
@@ -67,6 +67,25 @@ def test_the_published_numbers_of_the_character_models_are_all_there():
     assert metrics == {
         (section, metric) for section in ("char bigram", "char transformer") for metric in wanted.split("|")
     }
+
+
+def test_every_other_published_number_has_a_row():
+    rows: dict[str, list[float]] = {}
+    for number in numbers():
+        if number.published is not None:
+            rows.setdefault(number.section, []).append(number.published)
+    assert rows["weights"] == [551, 475]
+    openai, ours = [81.33, 80.44, 81.13, 81.70, 80.42, 81.0], [83.54, 83.50, 83.40, 84.44, 84.72, 83.92]
+    for run in (*openai, *ours):
+        assert run in rows["sampling throughput"]
+    assert len(rows["sampling throughput"]) == 12
+    assert rows["training ladder"] == [2.1, 3.5, 4.1, 2.8, 6, 7.8, 9.3]
+    assert rows["ddp"] == [11, 6.5, 900_000]
+
+
+@pytest.mark.parametrize(("key", "value"), [("a", [1, 2]), ("a.1", 2), ("a.2", None), ("b.0", None), ("c d", 3)])
+def test_a_number_is_found_by_its_key(key: str, value: object):
+    assert value_of({"a": [1, 2], "c d": 3}, key) == value
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
-"""The pipeline on a SLURM cluster: real daemons on this machine, the shipped profile, files that are called GPUs."""
+"""The pipeline on a SLURM cluster: real daemons on this machine, the shipped profile, files that are called GPUs.
 
-import json
+Trainings that are to be met in the middle wait there (tests/slow), so that nothing depends on how fast the machine is.
+"""
+
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cluster as slurm
@@ -27,9 +30,12 @@ pytestmark = [
     pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow,slurm]'"),
     pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing()),
 ]
-# Two nodes each, so that tests that go on side by side do not meet.
-PARTITIONS = {name: (f"{name}1", f"{name}2") for name in ("gpu", "limit", "cancel", "down")}
-TRAIN = [*TINY, "runtime.threads=1", "train.steps=24", "train.eval_interval=24"]
+# Nodes of their own, so that tests that go on side by side do not meet.
+PARTITIONS = {
+    "gpu": ("gpu1", "gpu2"), "limit": ("limit1", "limit2"), "cancel": ("cancel1", "cancel2"), "down": ("down1", "down2"),
+    "drain": ("drain1", "drain2"), "low": ("low1",), "urgent": ("low1",), "billed": ("gpu1", "gpu2"),
+}  # fmt: skip
+TRAIN = [*TINY, "runtime.threads=1", "train.steps=8", "train.eval_interval=4"]
 ONE_RUNG = {**BOX, "rungs": ["baseline"]}
 MACHINES = {
     "box": ONE_RUNG,
@@ -38,14 +44,40 @@ MACHINES = {
     "crowd": {**ONE_RUNG, "kind": "cuda", "ranks": 3, "batch_size": 6},
 }
 TRANSFORMER = "weights/char_transformer/pipeline"
+BIGRAM = "weights/char_bigram/pipeline"
 FINEWEB = "weights/gpt2/pipeline/fineweb-edu_across"
+HELD_AT = {TRANSFORMER: 10, FINEWEB: 3}
+"""Steps before which a training waits; a checkpoint is saved every 5 steps, or at a signal."""
+
+
+@dataclass
+class Started:
+    """A Snakemake that runs."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and what was printed."""
+        self.process.wait(slurm.LONGEST_S)
+        return self.process.returncode, self.out.read_text()
 
 
 class Pipeline:
     """Snakemake in a folder of its own, through the shipped profile with this cluster's values."""
 
-    def __init__(self, cluster: Cluster, prepared: Path, folder: Path, partition: str, **changes: object):
+    def __init__(
+        self,
+        cluster: Cluster,
+        prepared: Path,
+        folder: Path,
+        partition: str,
+        hardware: tuple[str, ...],
+        **changes: object,
+    ):
+        self.cluster, self.partition = cluster, partition
         self.folder = Path(shutil.copytree(prepared, folder))
+        self.started = 0
         self.environment = {
             **os.environ,
             **NO_HUB,
@@ -55,12 +87,12 @@ class Pipeline:
         profile = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
         profile["default-resources"]["slurm_partition"] = partition
         del profile["default-resources"]["slurm_account"]  # this cluster does no accounting
-        profile["config"].update(size="cpu", ladder={"hardware": [f"{name}.yaml" for name in MACHINES] + ["h100"]})
+        profile["config"].update(size="cpu", ladder={"hardware": list(hardware)})
         profile.update({"slurm-init-seconds-before-status-checks": 1, "slurm-status-command": "squeue"}, **changes)
         (self.folder / "profile").mkdir()
         (self.folder / "profile/config.yaml").write_text(yaml.safe_dump(profile))
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **environment: str) -> Started:
         command = [
             str(SNAKEMAKE), *arguments,
             "--snakefile", str(ROOT / "workflow/Snakefile"),
@@ -68,44 +100,49 @@ class Pipeline:
             "--directory", str(self.folder),
             "--configfile", str(self.folder / "small.yaml"),
         ]  # fmt: skip
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.folder,
-            env={**self.environment, **environment},
-        )
+        self.started += 1
+        out = self.folder / f"out{self.started}.txt"
+        with open(out, "wb") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, cwd=self.folder, env={**self.environment, **environment}
+            )
+        return Started(process, out)
+
+    def start_held(self, run: str) -> Started:
+        """Start a training that waits in the middle."""
+        return self.start(f"{run}/record.json", PICOGPT_TEST_HOLD=f"{HELD_AT[run]}:{self.folder}/go")
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
-        return ended(self.start(*arguments, **environment))
+        return self.start(*arguments, **environment).end()
 
-    def steps(self, run: str) -> int:
-        """How far a training has come by its metrics."""
-        metrics = self.folder / run / "checkpoints/metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+    def held(self, started: Started) -> int:
+        """The process that waits, once one does."""
+        slurm.wait_for((self.folder / "go.held").exists, "a training", self.cluster, started.process)
+        return int((self.folder / "go.held").read_text())
+
+    def go(self) -> None:
+        """Let it go on."""
+        (self.folder / "go").touch()
+
+    def ask(self, what: str, states: str = "R") -> list[str]:
+        """What SLURM says of the jobs of this partition."""
+        return self.cluster.ask(
+            "squeue", "--noheader", f"--partition={self.partition}", f"--states={states}", f"--format={what}"
+        ).split()
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status and what was printed."""
-    out, _ = process.communicate(timeout=280)
-    return process.returncode, out
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_weights(run / "best.pt").state
+def sessions(pipeline: Pipeline, run: str) -> int:
+    return records.read(pipeline.folder / run / "record.json")["results"]["sessions"]
 
 
 def same(one: Path, other: Path) -> bool:
-    ours, theirs = weights(one), weights(other)
+    ours, theirs = (checkpoint.load_weights(run / "best.pt").state for run in (one, other))
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    partitions = {**PARTITIONS, "billed": PARTITIONS["gpu"]}
-    with slurm.running(tmp_path_factory.mktemp("slurm"), partitions) as running:
+    with slurm.running(tmp_path_factory.mktemp("slurm"), PARTITIONS, urgent="urgent") as running:
         yield running
 
 
@@ -141,122 +178,224 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, corpus: Path, gpt2: GPT2T
 def pipelines(cluster: Cluster, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipeline]:
     """A folder for each partition."""
     root = tmp_path_factory.mktemp("pipelines")
+    signal_early = {"train_fineweb": {"slurm_extra": "--signal=TERM@60"}}
     changes: dict[str, dict] = {
-        # SLURM looks at the clock twice a minute: the signal comes between 80 and 110 seconds after the start.
-        "limit": {"set-resources": {"train_fineweb": {"runtime": 2, "slurm_extra": "--signal=TERM@10"}}, "retries": 3},
+        "limit": {"set-resources": signal_early, "retries": 1},
         "cancel": {"retries": 0},
         "down": {"retries": 0},
+        "drain": {"retries": 0},
+        "low": {"retries": 1},
     }
-    return {name: Pipeline(cluster, prepared, root / name, name, **changes.get(name, {})) for name in PARTITIONS}
+    hardware = ("box.yaml", "pair.yaml", "across.yaml")
+    return {
+        name: Pipeline(cluster, prepared, root / name, name, hardware, **changes.get(name, {}))
+        for name in ("gpu", *changes)
+    }
 
 
 @pytest.fixture(scope="module")
-def begun(pipelines: dict[str, Pipeline]) -> Iterator[dict[str, subprocess.Popen[str]]]:
+def begun(pipelines: dict[str, Pipeline]) -> Iterator[dict[str, Started]]:
     """What takes long goes on while other tests run."""
-    rungs = [f"results/records/ladder/{name}/baseline.json" for name in ("box", "pair", "across")]
     processes = {
-        "limit": pipelines["limit"].start(f"{FINEWEB}/record.json", PICOGPT_TEST_STEP="5"),
-        "gpu": pipelines["gpu"].start(f"{TRANSFORMER}/record.json", *rungs),
-        "down": pipelines["down"].start(f"{TRANSFORMER}/record.json", PICOGPT_TEST_STEP="1"),
-        "cancel": pipelines["cancel"].start(f"{TRANSFORMER}/record.json", PICOGPT_TEST_STEP="1"),
+        "limit": pipelines["limit"].start_held(FINEWEB),
+        "cancel": pipelines["cancel"].start_held(FINEWEB),
+        **{name: pipelines[name].start_held(TRANSFORMER) for name in ("down", "drain", "low")},
     }
     yield processes
-    for process in processes.values():
-        process.kill()
-        process.wait()
+    for started in processes.values():
+        started.process.kill()
+        started.process.wait()
 
 
 @pytest.fixture(scope="module")
-def straight(pipelines: dict[str, Pipeline], begun: dict[str, subprocess.Popen[str]]) -> Path:
-    """Where the pipeline ran without a stop."""
-    status, out = ended(begun["gpu"])
+def straight(pipelines: dict[str, Pipeline], begun: dict[str, Started]) -> Path:
+    """Where all of the pipeline ran, without a stop."""
+    status, out = pipelines["gpu"].run()
     assert status == 0, out
     return pipelines["gpu"].folder
 
 
+def test_a_time_limit_is_met(pipelines, begun, cluster: Cluster):
+    """The signal of the profile comes before it; SLURM looks at the clock twice a minute."""
+    pipeline = pipelines["limit"]
+    pipeline.held(begun["limit"])
+    (job,), (elapsed,) = pipeline.ask("%A"), pipeline.ask("%M")
+    minutes = int(elapsed.split(":")[-2])
+    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 1}")
+
+
 def test_the_jobs_of_a_node_that_goes_down_go_on_elsewhere(pipelines, begun, cluster: Cluster):
     pipeline = pipelines["down"]
-    slurm.wait_for(lambda: pipeline.steps(TRANSFORMER) >= 5, "training", cluster, 120)
-    node = cluster.ask("squeue", "--noheader", "--partition=down", "--states=R", "--format=%N")
+    process = pipeline.held(begun["down"])
+    (job,), (node,) = pipeline.ask("%A"), pipeline.ask("%N")
     cluster.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    slurm.wait_for(lambda: not Path(f"/proc/{process}").exists(), "the end of a job", cluster)
+    slurm.wait_for(lambda: pipeline.ask("%A", "PD") == [job], "the job in the queue again", cluster)
+    pipeline.go()
+    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # by itself it waits two minutes
 
 
-def test_a_cancelled_training_goes_on_at_the_next_run(pipelines, begun, cluster: Cluster):
+def test_a_node_that_is_drained_ends_what_runs_and_gets_nothing_new(pipelines, begun, cluster: Cluster):
+    pipeline = pipelines["drain"]
+    pipeline.held(begun["drain"])
+    (node,) = pipeline.ask("%N")
+    cluster.ask("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    pipeline.go()
+    status, out = begun["drain"].end()
+    assert status == 0, out
+    assert sessions(pipeline, TRANSFORMER) == 1
+    status, out = pipeline.run(f"{BIGRAM}/record.json")
+    assert status == 0, out
+    assert sorted(pipeline.ask("%N", "all")) == sorted(PARTITIONS["drain"])  # one job on each
+
+
+def test_a_training_that_makes_room_for_another_job_goes_on(pipelines, begun, cluster: Cluster):
+    pipeline = pipelines["low"]
+    process = pipeline.held(begun["low"])
+    done = pipeline.folder / "urgent"
+    urgent = [
+        "sbatch",
+        "--partition=urgent",
+        "--exclusive",
+        "--mem=1000",
+        f"--wrap=touch {done}",
+        f"--output={done}.log",
+    ]
+    cluster.ask(*urgent)
+    slurm.wait_for(done.exists, "the urgent job", cluster)
+    assert not Path(f"/proc/{process}").exists()
+    saved = checkpoint.load_state(pipeline.folder / TRANSFORMER / "checkpoints/last.pt")[0]["progress"]["step"]
+    assert saved == HELD_AT[TRANSFORMER] + 1  # the step that it was before, and not one more
+    pipeline.go()
+    for job in pipeline.ask("%A", "PD"):
+        cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+    status, out = begun["low"].end()
+    assert status == 0, out
+    assert sessions(pipeline, TRANSFORMER) == 2
+
+
+def test_a_cancelled_training_on_two_nodes_goes_on_at_the_next_run(pipelines, begun, cluster: Cluster):
     pipeline = pipelines["cancel"]
-    run = pipeline.folder / TRANSFORMER
-    slurm.wait_for(lambda: pipeline.steps(TRANSFORMER) >= 5, "training", cluster, 120)
+    run = pipeline.folder / FINEWEB
+    pipeline.held(begun["cancel"])
 
     # Meanwhile the folder is taken, for a second pipeline and for a second job.
-    status, out = pipeline.run(f"{TRANSFORMER}/record.json")
+    status, out = pipeline.run(f"{FINEWEB}/record.json")
     assert (status, "another pipeline is running in this folder" in out) == (1, True), out
-    second = ["picogpt", "train", "char-transformer", "--data", "weights/char_tokenizer/pipeline", "--run", "pipeline"]
+    second = [
+        "picogpt", "train", "gpt2", "--data", "weights/gpt2_tokenizer/pipeline/fineweb-edu", "--folder", FINEWEB,
+        *(f"--set={pair}" for pair in TRAIN), "--config", str(ROOT / "config/models/gpt2_fineweb.yaml"),
+        "--set=train.batch_size=4", "--set=train.micro_batch_size=1", "--set=model.block_size=16",
+    ]  # fmt: skip
     job = subprocess.run(
         ["srun", "--partition=cancel", "--mem=1000", *second],
         capture_output=True, text=True, cwd=pipeline.folder, env=pipeline.environment,
     )  # fmt: skip
-    assert job.returncode == 1
-    assert f"another process is training in {TRANSFORMER}" in job.stderr
+    assert job.returncode == 1, job.stderr
+    assert f"another process is training in {FINEWEB}" in job.stderr
 
     cluster.ask("scancel", "--partition=cancel", "--user=root")
-    status, out = ended(begun["cancel"])
+    status, out = begun["cancel"].end()
     assert status == 1
     assert "SLURM status is: 'CANCELLED'" in out
     stopped = checkpoint.load_state(run / "checkpoints/last.pt")[0]["progress"]["step"]
-    assert f"stopped by SIGTERM at step {stopped} of 30; everything is saved" in out
-    again, out = pipeline.run(f"{TRANSFORMER}/record.json")
+    assert f"stopped by SIGTERM at step {stopped} of 8; everything is saved" in out
+    pipeline.go()
+    again, out = pipeline.run(f"{FINEWEB}/record.json")
     assert again == 0, out
-    assert records.read(run / "record.json")["results"]["sessions"] == 2
+    assert sessions(pipeline, FINEWEB) == 2
 
 
-def test_what_cannot_run_says_why(pipelines, begun, cluster: Cluster, prepared: Path, tmp_path: Path):
-    unknown = Pipeline(cluster, prepared, tmp_path / "unknown", "nowhere", retries=0)
-    unpaid = Pipeline(cluster, prepared, tmp_path / "unpaid", "billed", retries=0)
-    target = "weights/char_bigram/pipeline/record.json"
+def test_what_cannot_run_says_what_to_change(begun, cluster: Cluster, prepared: Path, tmp_path: Path):
+    unknown = Pipeline(cluster, prepared, tmp_path / "unknown", "nowhere", ("box.yaml",), retries=0)
+    unpaid = Pipeline(cluster, prepared, tmp_path / "unpaid", "billed", ("box.yaml",), retries=0)
+    target = f"{BIGRAM}/record.json"
     processes = [unknown.start(target), unpaid.start(target)]
-    status, out = ended(processes[0])
+    status, out = processes[0].end()
     assert (status, "invalid partition specified: nowhere" in out) == (1, True), out
-    status, out = ended(processes[1])
+    assert "slurm_partition in workflow/profiles/slurm/config.yaml must be one of the cluster's: sinfo -s" in out
+    status, out = processes[1].end()
     assert (status, "partition billed takes no job without an account" in out) == (1, True), out
+    assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
     # The list of the profile is gone, and this machine would speak for the cluster.
     status, out = unknown.run(target, "--config", "size=cpu")
     assert (status, "gpus: auto, ladder: hardware: auto would ask this machine" in out) == (1, True), out
 
 
-def test_a_machine_that_is_not_what_its_name_says(straight: Path, pipelines, cluster: Cluster):
+def test_a_machine_that_is_not_what_its_name_says(cluster: Cluster, prepared: Path, tmp_path: Path):
+    pipeline = Pipeline(cluster, prepared, tmp_path / "wrong", "gpu", ("crowd.yaml", "h100"), retries=0)
     targets = [f"results/records/ladder/{name}/baseline.json" for name in ("h100", "crowd")]
-    status, out = pipelines["gpu"].run(*targets, "--keep-going", "--retries", "0")
+    status, out = pipeline.run(*targets, "--keep-going")
     assert status == 1
     assert "hardware h100 is H100 (cuda, NVIDIA H100" in out
     assert "), and this device is" in out
+    assert "gpu_model in the profile asks for the right GPUs" in out
     assert "Requested node configuration is not available" in out  # three GPUs of a node with two
     assert "--gpus=h100:3" in out
+    assert "no node of the partition has so many GPUs" in out
 
 
-def test_one_device_two_ranks_and_two_nodes(straight: Path):
+@pytest.mark.parametrize(("wait", "status"), [(60, 0), (1, 1)])
+def test_a_file_that_appears_late_is_waited_for(
+    cluster: Cluster, prepared: Path, tmp_path: Path, wait: int, status: int
+):
+    settings = {"latency-wait": wait, "retries": 0}
+    pipeline = Pipeline(cluster, prepared, tmp_path / "late", "gpu", ("box.yaml",), **settings)
+    found, out = pipeline.run(f"{BIGRAM}/record.json", PICOGPT_TEST_LATE="record.json:6")
+    assert found == status, out
+    assert ("--latency-wait" in out) == (status == 1), out
+
+
+def test_all_of_the_pipeline_on_one_device_two_ranks_and_two_nodes(straight: Path):
     ranks = {
         name: records.read(straight / f"results/records/ladder/{name}/baseline.json")["ranks"]
         for name in ("box", "pair", "across")
     }
     assert ranks == {"box": 1, "pair": 2, "across": 2}
+    for name in ("results/report.md", "results/summary.csv", "media/gpt2_across_loss.png", "media/gpt2_words_loss.png"):
+        assert (straight / name).exists(), name
 
 
-def test_stopped_trainings_end_with_the_weights_of_one_that_was_not(pipelines, begun, straight: Path):
-    status, out = ended(begun["down"])
+def test_jobs_on_the_same_node_have_gpus_of_their_own(cluster: Cluster, tmp_path: Path):
+    script = (
+        f'echo "$CUDA_VISIBLE_DEVICES" > {tmp_path}/$SLURM_JOB_ID; while [ ! -e {tmp_path}/go ]; do sleep 0.2; done'
+    )
+    for _ in range(2):
+        cluster.ask(
+            "sbatch",
+            "--partition=gpu",
+            "--nodelist=gpu2",
+            "--mem=1000",
+            "--gpus=h100:1",
+            "--output=/dev/null",
+            f"--wrap={script}",
+        )
+    slurm.wait_for(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2, "two jobs on one node", cluster)
+    shown = sorted(path.read_text().strip() for path in tmp_path.glob("[0-9]*"))
+    (tmp_path / "go").touch()
+    assert shown == ["0", "1"]
+
+
+def test_trainings_that_were_stopped_end_with_the_weights_of_one_that_was_not(pipelines, begun, straight: Path):
+    status, out = begun["down"].end()
     assert status == 0, out
-    assert records.read(pipelines["down"].folder / TRANSFORMER / "record.json")["results"]["sessions"] == 2
-    for name in ("cancel", "down"):
+    assert sessions(pipelines["down"], TRANSFORMER) == 2
+    for name in ("down", "drain", "low"):
         assert same(pipelines[name].folder / TRANSFORMER, straight / TRANSFORMER), name
+    assert same(pipelines["cancel"].folder / FINEWEB, straight / FINEWEB)
 
 
-def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelines, begun, tmp_path: Path):
-    pipeline = pipelines["limit"]
-    status, out = ended(begun["limit"])
+def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelines, begun, straight, tmp_path: Path):
+    pipeline, started = pipelines["limit"], begun["limit"]
+    saved = lambda: "of 8; everything is saved" in started.out.read_text()  # noqa: E731
+    slurm.wait_for(saved, "the signal before the time limit", pipeline.cluster, started.process)
+    pipeline.go()
+    status, out = started.end()
     assert status == 0, out
     run = pipeline.folder / FINEWEB
     record = records.read(run / "record.json")
-    assert (record["ranks"], record["kind"]) == (2, "train gpt2 across")
-    assert record["results"]["sessions"] > 1
-    assert "of 24; everything is saved" in out
+    assert (record["ranks"], record["kind"], record["results"]["sessions"]) == (2, "train gpt2 across", 2)
+    assert same(run, straight / FINEWEB)
     # The same by hand, in one go, with both ranks on one node.
     (tmp_path / "across.yaml").write_text(yaml.safe_dump({**MACHINES["across"], "nodes": 1, "ranks": 2}))
     command = [

@@ -17,6 +17,7 @@ from picogpt import hardware, records
 from picogpt.data import shards
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import open_data
+from picogpt.data.fineweb import DOCUMENTS_AT_ONCE
 from picogpt.data.sampler import Sampler
 from picogpt.data.tokens import VERSION, Header, write_tokens
 from picogpt.errors import PicogptError
@@ -48,10 +49,11 @@ def measure(
 
     Raises PicogptError when the text is empty or a file cannot be written.
     """
+    provenance = records.provenance(hardware.select("cpu"))
     documents = _documents(text, characters)
     results = _tokenizing(tokenizer, documents, threads, runs) | _reading(counts, windows, tokenizer.vocab_size)
     return {
-        **records.provenance(hardware.select("cpu")),
+        **provenance,
         "kind": "data",
         "corpus": {},
         "config": {
@@ -94,8 +96,10 @@ def _documents(path: Path, characters: int) -> list[str]:
 def _tokenizing(tokenizer: GPT2Tokenizer, documents: list[str], threads: Sequence[int], runs: int) -> dict[str, Any]:
     """Rates of our tokenizing and of tiktoken's, in turn."""
     count = len(tokenizer.encode_documents(documents))
+    batches = [documents[first : first + DOCUMENTS_AT_ONCE] for first in range(0, len(documents), DOCUMENTS_AT_ONCE)]
     ways: dict[str, Callable[[list[str], int], object]] = {
-        "tokens_per_second": tokenizer.encode_documents,
+        # As the tokens of a shard are made.
+        "tokens_per_second": lambda _, number: [ids for _, ids in tokenizer.encode_batches(batches, number)],
         "tiktoken_tokens_per_second": lambda some, number: tokenizer.tiktoken.encode_ordinary_batch(
             some, num_threads=number
         ),

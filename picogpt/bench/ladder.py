@@ -145,6 +145,8 @@ class Rung:
         attention = setup.attention
         if setup.compile and attention is attend and device.kind == "cpu":
             attention = torch.compiler.disable(attend)  # inside a graph it would be torch's own kernel
+            # Otherwise every layer, by its number, would be a program of its own, and of those after the eighth none is made.
+            torch._dynamo.config.allow_unspec_int_on_nn_module = True
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = attention
@@ -204,6 +206,15 @@ def measure(
     torch.set_num_threads(world.threads())
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch_name)
+    setup = setup_of(machine, rung, device)
+    config = config.model_copy(update={"block_size": machine.block_size})
+    train = TRAIN.model_copy(
+        update={
+            "batch_size": machine.batch_size,
+            "dtype": "bfloat16" if setup.bfloat16 else "float32",
+            "weight_decay": TRAIN.weight_decay if setup.fused_optimizer else 0.0,
+        }
+    )
     record = {
         **records.provenance(device),
         "kind": f"ladder {name} {rung}",
@@ -212,13 +223,13 @@ def measure(
             "hardware": machine.model_dump(mode="json"),
             "rung": rung,
             "model": config.model_dump(),
-            "train": TRAIN.model_dump(mode="json"),
+            "train": train.model_dump(mode="json"),
         },
         "units": {
             "step_seconds": "s, each timed step",
             "tokens_per_second": "of all ranks, by the median step",
             "mfu": "tokens_per_second * flops_per_token / (peak_flops of a device * ranks)",
-            "first_step_seconds": "s; compilation happens here",
+            "first_step_seconds": "s; compilation happens here, on several ranks with a step of each alone before it",
             "losses": "nats a token, of each step, the ones before the clock counts included",
             "peak_memory_bytes": "of one rank: resident on a CPU, allocated on a GPU",
             "kernels": "s of one step under the profiler",
@@ -229,7 +240,7 @@ def measure(
     missing = lacks(rung, device)
     if missing:
         return {**record, "not_measured": missing, "results": {}}
-    setup = setup_of(machine, rung, device)
+    share = machine.batch_size // world.size
     most = machine.micro_batch_size
     out_of_memory = False
     while True:
@@ -257,7 +268,7 @@ def measure(
             continue
         if most == 1:
             return {**record, "not_measured": f"out of memory with one sequence: {reason}", "results": {}}
-        most = max(size for size in range(1, most) if most % size == 0)
+        most = max(size for size in range(1, most) if share % size == 0)
     return {
         **record,
         "setup": {
@@ -267,6 +278,8 @@ def measure(
             "attention": setup.attention.__name__,
             "loss": setup.loss.__name__,
             "optimizer": "fused AdamW, decay groups" if setup.fused_optimizer else "AdamW",
+            "best_backend": setup.best_backend,
+            "kept_memory": setup.kept_memory,
         },
         "results": {**results, "micro_batch_size": most, "out_of_memory": out_of_memory},
     }
@@ -283,12 +296,11 @@ def _climb(
     micro_batch_size: int,
 ) -> dict[str, Any]:
     """Train for the steps of the machine; the numbers of a record."""
-    config = config.model_copy(update={"block_size": machine.block_size})
     torch.compiler.reset()
     if device.kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     climber = Rung(config, data.vocab_size, machine, setup, device, world, micro_batch_size)
-    _require_memory(climber, config, machine, world)
+    alone_seconds = _require_memory(climber, config, machine, world)
     sampler = Sampler(data.train.ids, machine.block_size, machine.batch_size, TRAIN.seed)
 
     def step(number: int) -> tuple[float, float]:
@@ -320,6 +332,7 @@ def _climb(
     rate = machine.batch_size * machine.block_size / median
     flops = climber.flops_per_token
     peak = hardware.peak_flops(device)
+    first = alone_seconds + seconds[0]
     return {
         "step_seconds": timed,
         "median": median,
@@ -329,8 +342,8 @@ def _climb(
         "flops_per_token": flops,
         "parameters": climber.parameters,
         "mfu": rate * flops / (peak * world.size) if peak and flops else None,
-        "first_step_seconds": seconds[0],
-        "compile_seconds": max(0.0, seconds[0] - median) if setup.compile else None,
+        "first_step_seconds": first,
+        "compile_seconds": max(0.0, first - median * (2 if alone_seconds else 1)) if setup.compile else None,
         "losses": losses,
         "final_loss": losses[-1],
         "peak_memory_bytes": peak_memory,
@@ -339,10 +352,14 @@ def _climb(
     }
 
 
-def _require_memory(climber: Rung, config: GPT2Config, machine: MachineConfig, world: World) -> None:
-    """On several ranks: raise the same on all where a micro-batch does not fit on one; in a step the others would wait."""
+def _require_memory(climber: Rung, config: GPT2Config, machine: MachineConfig, world: World) -> float:
+    """On several ranks: raise the same on all where a micro-batch does not fit on one; in a step the others would wait.
+
+    Returns the seconds it took; 0 on one rank, where nothing is done.
+    """
     if world.size == 1:
-        return
+        return 0.0
+    began = time.perf_counter()
     failed: Exception | None = None
     try:
         tokens = torch.zeros(climber.micro_batch_size, machine.block_size, dtype=torch.int64)
@@ -353,6 +370,8 @@ def _require_memory(climber: Rung, config: GPT2Config, machine: MachineConfig, w
         failed = error
     if world.largest(float(failed is not None)):
         raise failed or MemoryError("not enough memory on another rank")
+    _synchronize(climber.device)
+    return time.perf_counter() - began
 
 
 def _synchronize(device: hardware.Device) -> None:

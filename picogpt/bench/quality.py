@@ -37,8 +37,9 @@ def measure(
             f"{data.val.path} holds tokens of another tokenizer ({header.vocab_size:,} of them) than that of {source}"
             f" ({tokenizer.vocab_size:,}): give the folder of the right ones with --data"
         )
-    model = prepare(model, device, dtype, decoding=False)
     where = hardware.select(device, "float32")  # no autocast: the weights have the dtype that is measured
+    provenance = records.provenance(where)
+    model = prepare(model, device, dtype, decoding=False)
     # A specialized head makes all logits of a batch: one sequence at a time.
     fused = not isinstance(model, GPT2) or isinstance(model.head, TiedHead)
     loss = evaluate(model, data.val.ids, where, batch_size=None if fused else 1)
@@ -48,7 +49,7 @@ def measure(
         ids = [read_prompt(tokenizer, prompt, model.config.block_size, truncate=True) for prompt in prompts]
         texts = [sample.text for sample in sample_texts(model, tokenizer, ids, num_tokens, decoding, seed)[0]]
     return {
-        **records.provenance(where),
+        **provenance,
         "kind": f"evaluate {kind} {dtype}",
         "corpus": data.corpus(),
         "config": {
@@ -61,17 +62,4 @@ def measure(
         },
         "units": {"val_loss": "nats a token, mean over the whole split"},
         "results": {"val_loss": loss, "texts": texts},
-    }
-
-
-def unreachable(kind: str, reason: str) -> dict[str, Any]:
-    """The record of what could not be measured because the hub did not answer."""
-    return {
-        **records.provenance(hardware.select("cpu")),
-        "kind": kind,
-        "corpus": {},
-        "config": {},
-        "not_measured": "hub unreachable",
-        "reason": reason,
-        "results": {},
     }

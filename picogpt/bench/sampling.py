@@ -33,6 +33,8 @@ def measure(
 
     The clock runs from the prompt to the last token; each token is looked at, as a test for a stop does, none is printed.
     """
+    selected = hardware.select(device, "float32" if dtype == "float32" else "bfloat16")
+    provenance = records.provenance(selected)
     model = prepare(model, device, dtype)
     where = next(model.parameters()).device
     ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(where)
@@ -59,9 +61,8 @@ def measure(
             rates.append(batch_size * num_tokens / seconds)
             firsts.append(first[0] - began)
             advance(1)
-    selected = hardware.select(device, "float32" if dtype == "float32" else "bfloat16")
     return {
-        **records.provenance(selected),
+        **provenance,
         "kind": f"sampling {kind} {dtype}" + (" streams" if batch_size > 1 else ""),
         "corpus": {},
         "config": {

@@ -8,7 +8,7 @@ import click
 
 from picogpt import __version__
 from picogpt.cli import about, bench, data, report, runs, sample, train
-from picogpt.errors import PicogptError, first_to_fail
+from picogpt.errors import PicogptError, first_to_fail, is_out_of_memory
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
@@ -79,6 +79,16 @@ def main() -> None:
         if first_to_fail():
             print(f"picogpt: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if first_to_fail():
+            print(
+                f"picogpt: out of memory ({str(error).strip().partition(chr(10))[0][:160]}):"
+                " fewer sequences at once (train.micro_batch_size, --num-samples, --batch-size) or a smaller model need less",
+                file=sys.stderr,
+            )
+        sys.exit(1)
     except BrokenPipeError:
         # The reader of our output has left, as in `picogpt sample … | head`.
         sys.stderr.close()

@@ -52,11 +52,12 @@ def sample(
       picogpt bench sample gpt2 --batch-size 16 --runs 3
     """
     from picogpt import records
-    from picogpt.bench import sampling
-    from picogpt.sample import first_prompt
 
     with or_noted(f"sampling {kind} {dtype}", out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
+    from picogpt.bench import sampling
+    from picogpt.sample import first_prompt
+
     prompt = first_prompt(tokenizer, kind in PRETRAINED)
     record = sampling.measure(kind, model, tokenizer, source, device, dtype, num_tokens, runs, batch_size, prompt)
     if out:

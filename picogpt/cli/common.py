@@ -91,13 +91,15 @@ def load_model(
     if kind in PRETRAINED:
         from picogpt import hub
         from picogpt.data.bpe import GPT2Tokenizer
-        from picogpt.models import pretrained
 
         if ckpt or untrained:
             raise UsageError(f"{kind} is OpenAI's: leave out --ckpt and --untrained")
         name = kind.removeprefix("gpt2-")
+        path = hub.fetch(name, cached_only)
+        from picogpt.models import pretrained  # loads torch, for nothing where there are no weights
+
         tokenizer: Any = GPT2Tokenizer.fetched(RESOURCES)
-        return pretrained.load(name, cached_only), tokenizer, hub.registry()[name].repository
+        return pretrained.load(name, path), tokenizer, hub.registry()[name].repository
 
     from picogpt.train.checkpoint import load_weights
 
@@ -149,8 +151,7 @@ def or_noted(measurement: str, out: Path | None) -> Iterator[None]:
         if out is None:
             raise
         from picogpt import records
-        from picogpt.bench.quality import unreachable
 
-        records.write(out, unreachable(measurement, str(error)))
+        records.write(out, records.unreachable(measurement, str(error)))
         click.echo(f"{measurement}: not measured here: hub unreachable", err=True)
         raise click.exceptions.Exit(0) from error

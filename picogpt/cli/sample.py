@@ -145,12 +145,13 @@ def evaluate(
       picogpt evaluate gpt2-pretrained
     """
     from picogpt import records
-    from picogpt.bench import quality
     from picogpt.data.corpus import open_data
 
     token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
     with or_noted(f"evaluate {kind} {dtype}", out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
+    from picogpt.bench import quality
+
     record = quality.measure(kind, model, tokenizer, source, token_data, device, dtype, prompts, num_tokens, seed)
     if out:
         records.write(out, record)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from picogpt.cli.common import KINDS, RUN_PATTERN, WEIGHTS, now, require_fitting, size_of, token_folder
-from picogpt.errors import UsageError
+from picogpt.errors import Interrupted, UsageError, launcher
 from picogpt.files import read_text, write_text
 
 BATCH = ("train.batch_size", "train.micro_batch_size", "model.block_size")
@@ -125,11 +125,18 @@ def train(
         trainer = Trainer(experiment, token_data, place, world, machines.name_of(hardware) if hardware else None)
         if hardware and machine:
             machines.require(hardware, machine, trainer.device, world.size)
-        record = trainer.run(replace)
+        try:
+            record = trainer.run(replace)
+        except Interrupted as stop:
+            named = run or folder
+            again = "" if named else f" with --run {place.relative_to(WEIGHTS).parts[1]}"
+            raise Interrupted(stop.exit_status - 128, f"{stop}: the same command{again} goes on from there") from None
     if not world.first:
         return
     if not trainer.progress.sessions:
         click.echo(f"{place} was finished already; nothing was trained", err=True)
+    if note := _note(kind):
+        note.unlink(missing_ok=True)
     results = record["results"]
     click.echo(
         f"{place}/best.pt: validation loss {results['best_val_loss']:.6f} at epoch {results['best_epoch']:.2f}"
@@ -141,10 +148,17 @@ def _folder(kind: str, run: str | None, corpus: str) -> Path:
     """weights/KIND/RUN, for gpt2 with a folder for the corpus; after a restart by torchrun, that of the run that broke."""
     parent = WEIGHTS / kind.replace("-", "_")
     last = Path(re.sub(r"[^A-Za-z0-9._-]+", "_", corpus).strip(".") or "corpus") if kind == "gpt2" else Path()
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run is None and job != "none":  # torchrun may start the ranks again: they must find what they began
-        note = parent / f".{job}"
+    note = _note(kind)
+    if run is None and note:  # torchrun may start the ranks again: they must find what they began
         if not note.exists():
             write_text(note, now())
         run = read_text(note)
     return parent / (run or now()) / last
+
+
+def _note(kind: str) -> Path | None:
+    """Where the ranks of one torchrun note the name of their run; None without torchrun."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job is None:
+        return None
+    return WEIGHTS / kind.replace("-", "_") / f".{launcher() if job == 'none' else job}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import functools
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +79,36 @@ class GPT2Tokenizer:
 
         What looks like `<|endoftext|>` inside a document is ordinary text.
         """
-        pieces = [(last, piece) for document in documents for last, piece in _pieces(document)]
-        with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:  # tiktoken lets go of Python's lock
-            ids = list(pool.map(lambda item: self.tiktoken.encode_to_numpy(item[1], disallowed_special=()), pieces))
+        ((_, ids),) = self.encode_batches([documents], threads)
+        return ids[:-1]
+
+    def encode_batches(self, batches: Iterable[Sequence[str]], threads: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """For each batch, in order, how many documents it has and their ids, each ended by `<|endoftext|>`.
+
+        As `encode_documents`; and while one batch is taken, the next one is read and encoded.
+        """
         end = np.array([len(self.ranks)], dtype=np.uint16)
-        parts: list[np.ndarray] = []
-        for (last, _), part in zip(pieces, ids, strict=True):
-            parts += [part.astype(np.uint16), end] if last else [part.astype(np.uint16)]
-        return np.concatenate(parts[:-1])
+
+        def ids_of(pieces: list[tuple[bool, Future[np.ndarray]]]) -> np.ndarray:
+            parts: list[np.ndarray] = []
+            for last, part in pieces:
+                parts += [part.result().astype(np.uint16), end] if last else [part.result().astype(np.uint16)]
+            return np.concatenate(parts)
+
+        with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:  # tiktoken lets go of Python's lock
+            ahead: deque[tuple[int, list[tuple[bool, Future[np.ndarray]]]]] = deque()
+            for documents in batches:
+                pieces = [
+                    (last, pool.submit(self.tiktoken.encode_to_numpy, piece, disallowed_special=()))
+                    for document in documents
+                    for last, piece in _pieces(document)
+                ]
+                ahead.append((len(documents), pieces))
+                if len(ahead) > 1:
+                    count, pieces = ahead.popleft()
+                    yield count, ids_of(pieces)
+            for count, pieces in ahead:
+                yield count, ids_of(pieces)
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of token ids; what is no UTF-8 becomes U+FFFD."""

@@ -113,13 +113,11 @@ def tokenize(
         with Encoding(f"{NAME} shard {number}", total) as bar:
 
             def write(path: Path, header: Header, some: Iterator[str]) -> None:
+                batches = iter(lambda: list(itertools.islice(some, DOCUMENTS_AT_ONCE)), [])
                 with streaming(path, header) as stream:
-                    while batch := list(itertools.islice(some, DOCUMENTS_AT_ONCE)):
-                        ids = tokenizer.encode_documents(
-                            [*batch, ""], threads
-                        )  # after the last one too comes the token
-                        stream.append(ids, len(batch))
-                        bar.advance(len(batch), len(ids))
+                    for count, ids in tokenizer.encode_batches(batches, threads):
+                        stream.append(ids, count)
+                        bar.advance(count, len(ids))
 
             if held_out:
                 write(val, val_header, itertools.islice(documents, held_out))

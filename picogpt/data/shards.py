@@ -159,7 +159,9 @@ def open_shards(folder: str | Path) -> TokenData:
         return _open(folder, manifest.train[index], manifest)
 
     train = TokenFile(path, manifest.header(), Joined([part.count for part in manifest.train], open_part))
-    return TokenData(train, _open(folder, manifest.val, manifest))
+    val = _open(folder, manifest.val, manifest)
+    val.check(val.ids[:])  # an evaluation reads all of it, and batches of a training are checked as they come
+    return TokenData(train, val)
 
 
 def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) -> TokenData:

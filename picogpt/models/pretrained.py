@@ -22,9 +22,9 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 """In older files, constants of the causal mask."""
 
 
-def load(name: str, cached_only: bool = False) -> GPT2:
-    """The pretrained model `name`, on the CPU, in evaluation mode; fetched first where need be. Raises as `hub.fetch`."""
-    return load_safetensors(hub.fetch(name, cached_only), hub.registry()[name].config(), VOCAB_SIZE)
+def load(name: str, path: Path | None = None) -> GPT2:
+    """The pretrained model `name`, on the CPU, in evaluation mode, from `path`, or else fetched. Raises as `hub.fetch`."""
+    return load_safetensors(path or hub.fetch(name), hub.registry()[name].config(), VOCAB_SIZE)
 
 
 def load_for(config: GPT2Config, vocab_size: int) -> GPT2:

@@ -23,7 +23,7 @@ class Number(Settings):
     section: str
     metric: str
     record: str = Field(description="kind of the record that measures it")
-    key: str = Field(description="its place in the record's results")
+    key: str = Field(description="its place in the record's results; of a list, with a point and the place, from 0")
     unit: str
     published: float | None = Field(None, description="null: the write-up gives none")
     tolerance: float = Field(0.0, ge=0, description="up to this difference it counts as reproduced")
@@ -34,6 +34,15 @@ class Number(Settings):
         True, description="false: shown beside ours, but measured in another way; the note says how"
     )
     note: str = Field("", description="why ours differs")
+
+
+def value_of(results: dict[str, Any], key: str) -> Any:
+    """The number at a key as `Number.key` names it; None where there is none."""
+    name, _, place = key.rpartition(".")
+    if not place.isdigit():
+        return results.get(key)
+    listed = results.get(name) or []
+    return listed[int(place)] if int(place) < len(listed) else None
 
 
 @functools.cache
@@ -60,7 +69,7 @@ def compare(number: Number, record: dict[str, Any] | None, reference: dict[str, 
 
     Then the number of a reference record, measured elsewhere, stands in its place, and the row says so.
     """
-    measured = record["results"].get(number.key) if record else None
+    measured = value_of(record["results"], number.key) if record else None
     row = {
         "section": number.section,
         "metric": number.metric,
@@ -72,7 +81,7 @@ def compare(number: Number, record: dict[str, Any] | None, reference: dict[str, 
     if record is None or measured is None:
         reason = (record or {}).get("not_measured") or _needs(number) or f"no record of {number.record} has it"
         row = {**row, "status": "not measured here", "note": reason}
-        known = reference["results"].get(number.key) if reference else None
+        known = value_of(reference["results"], number.key) if reference else None
         if reference and known is not None and number.device in (None, reference["device"]["name"]):
             name, day = reference["device"]["name"], reference["created"][:10]
             row |= {"measured": known, "device": name, "note": f"{reason}; the number is a reference record of {day}"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,10 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         if not bars:
-            _say_so(axes, machine, any(marks.values()), target)
+            _say_so(axes, bool(measured), any(marks.values()), target)
         title = _title(machine, next((bar["parameters"] for bar in bars.values()), GPT2_124M))
         figure.text(0.012, 1 - 0.12 / height, title, fontsize=13, va="top", fontweight="bold")
-        subtitle = _subtitle(bool(here), bool(bars), machine, any(marks.values()), target)
+        subtitle = _subtitle(bool(here), measured, bars, any(marks.values()), target)
         figure.text(0.012, 1 - 0.42 / height, subtitle, fontsize=9.5, color=GREY, va="top")
         figure.text(0.012, 0.1 / height, _caption(measured, list(bars.values())), fontsize=8, color=GREY, va="bottom")
         figure.tight_layout(rect=(0, 0.42 / height, 1, 1 - 0.6 / height))
@@ -103,14 +103,14 @@ def _draw_bar(axes: Any, place: int, results: dict[str, Any], colour: str) -> fl
     return fastest
 
 
-def _say_so(axes: Any, machine: MachineConfig, marks: bool, target: float | None) -> None:
-    """Write into the picture that nothing in it was measured."""
-    words = "Not measured in this run."
+def _say_so(axes: Any, measured: bool, marks: bool, target: float | None) -> None:
+    """Write into the picture that nothing in it was measured, or that there is nothing to compare it with."""
+    words = "The baseline was not measured: no speed-ups." if measured else "Not measured in this run."
     if marks:
         words += "\nThe diamonds are the published values."
     elif target:
         words += f"\nPublished: {target:,.0f} tokens/s."
-    else:
+    elif not measured:
         words += "\nNobody publishes these numbers."
     # Published speed-ups grow from top to bottom: the upper right corner is free.
     x, y, at = (0.98, 0.95, "right") if marks else (0.5, 0.6, "center")
@@ -125,11 +125,15 @@ def _title(machine: MachineConfig, parameters: int) -> str:
     return f"Training GPT-2 {size} on {machine.title}: B={machine.batch_size}, T={machine.block_size}"
 
 
-def _subtitle(here: bool, bars: bool, machine: MachineConfig, marks: bool, target: float | None) -> str:
+def _subtitle(
+    here: bool, measured: Mapping[str, Any], bars: Mapping[str, Any], marks: bool, target: float | None
+) -> str:
     if not bars:
-        return "no records of this run, and no reference records" + (": published values alone" if marks else "")
+        found = "records without a baseline" if measured else "no records of this run, and no reference records"
+        return found + (": published values alone" if marks else "")
     whose = "measured in this run" if here else "reference records, not measured in this run"
-    parts = [f"bars: {whose}, each rung with all above it; lines: fastest and slowest step"]
+    above = "all above it" if len(bars) == len(measured) else "all measured above it"
+    parts = [f"bars: {whose}, each rung with {above}; lines: fastest and slowest step"]
     if marks:
         parts.append("diamonds: published")
     if target:
@@ -164,6 +168,6 @@ def _caption(measured: dict[str, Any], bars: list[dict[str, Any]]) -> str:
     driver = f", driver {device['driver']}" if device["driver"] else ""
     return (
         f"{machine}{driver}; torch {software['torch']}; commit {(record['commit'] or 'unknown')[:12]}{dirty}; {record['created'][:10]};"
-        f" medians of {len(bars[0]['step_seconds'])} steps.\nLosses differ from the baseline's by at most {max(differences):.4f} nats,"
+        f" medians of {len(bars[0]['step_seconds'])} steps.\nLosses differ from the baseline's by at most {max(differences):.1g} nats,"
         f" {within} {ladder.LOSS_TOLERANCE}; highest memory {max(results['peak_memory_bytes'] for results in bars) / 2**30:.1f} GiB"
     )

@@ -50,6 +50,7 @@ class RunFolder:
         try:
             record = records.read(path)
             if record.get("fingerprint") == self.fingerprint and (self.path / "best.pt").exists():
+                shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed just before its end
                 return record
         except PicogptError as error:
             if not replace:

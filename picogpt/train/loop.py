@@ -84,6 +84,9 @@ class Trainer:
         self.folder = RunFolder(folder, experiment.fingerprint(data.vocab_size, data.train.header.data_sha256))
         self.device = hardware.select(self.world.device(self.runtime.device), self.config.dtype)
         hardware.prepare(self.device, self.runtime.threads or self.world.threads())
+        self.provenance = records.provenance(
+            self.device
+        )  # of the code that runs, not of what it is edited to meanwhile
         # TF32 for the float32 matrix products that remain, on GPUs that have it.
         torch.set_float32_matmul_precision("high")
 
@@ -189,7 +192,7 @@ class Trainer:
                 raise Interrupted(
                     stopped_by,
                     f"stopped by {signal.Signals(stopped_by).name} at step {p.step} of {self.total_steps}; everything is"
-                    f" saved: the same command with --run {self.folder.path.name} goes on from there",
+                    f" saved in {self.folder.work}",
                 )
 
     def _step(self, step: int) -> torch.Tensor:
@@ -275,8 +278,13 @@ class Trainer:
         self._losses.clear()
 
     def _not_finite(self, loss: float, step: int) -> PicogptError:
+        kept = (
+            f"the last good checkpoint is {self.folder.last}"
+            if self.folder.last.exists()
+            else "nothing was saved before"
+        )
         return PicogptError(
-            f"the loss is {loss} at step {step} (or its gradient); the weights of the last good checkpoint are in {self.folder.work}."
+            f"the loss is {loss} at step {step} (or its gradient); {kept}."
             " A lower learning rate, a longer warm-up or train.grad_clip=1 usually helps."
         )
 
@@ -340,8 +348,10 @@ class Trainer:
     def _record(self) -> dict[str, Any]:
         """All numbers of the finished run, with where they come from."""
         p, model, train = self.progress, self.experiment.model, self.data.train
-        steady = p.train_seconds - p.first_step_seconds
-        rate = max(1, p.step - p.sessions) * self.tokens_per_step / steady
+        # Without the first step of each session, where there are others.
+        steady = p.step > p.sessions
+        steps, seconds = p.step - steady * p.sessions, p.train_seconds - steady * p.first_step_seconds
+        rate = steps * self.tokens_per_step / seconds
         flops = self.model.flops_per_token()
         peak = hardware.peak_flops(self.device)
         results = {
@@ -372,7 +382,7 @@ class Trainer:
                 torch.from_numpy(np.array(train.ids)), self.data.vocab_size
             )
         return {
-            **records.provenance(self.device),
+            **self.provenance,
             "kind": f"train {model.kind}" + (f" {self.machine}" if self.machine else ""),
             "fingerprint": self.folder.fingerprint,
             "corpus": self.data.corpus(),

@@ -1,24 +1,55 @@
-"""In a process with this folder on PYTHONPATH a step of training takes PICOGPT_TEST_STEP seconds longer.
+"""What a process with this folder on PYTHONPATH does otherwise, so that a test meets it at a known place.
 
-So a test can meet it in the middle, and the machine is free for others meanwhile. And Snakemake asks SLURM every two
-seconds, where the plugin waits ten more each time, as is right on a cluster.
+PICOGPT_TEST_HOLD=STEP:FILE  A training waits before this step until the file is there or a signal has come. Meanwhile FILE.held
+                             has the number of its process.
+PICOGPT_TEST_LATE=NAME:S     A file of this name appears so many seconds after it was written, as on a file system that lags.
+
+And Snakemake asks SLURM every two seconds, where the plugin waits ten more each time, as is right on a cluster.
 """
 
+import contextlib
 import importlib.abc
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 
 
-def slow_steps(module):
-    step = module.Trainer._step
+def hold(module):
+    held, _, file = os.environ["PICOGPT_TEST_HOLD"].partition(":")
+    step, watch, signals = module.Trainer._step, module._stop_on_signals, []
 
-    def slow(trainer, index):
-        time.sleep(float(os.environ.get("PICOGPT_TEST_STEP", "0")))
+    @contextlib.contextmanager
+    def watched(*arguments):
+        with watch(*arguments) as received:
+            signals.append(received)
+            yield received
+
+    def waiting(trainer, index):
+        if index == int(held) and not os.path.exists(file):
+            if trainer.world.first:
+                with open(f"{file}.writing", "w") as note:
+                    note.write(str(os.getpid()))
+                os.replace(f"{file}.writing", f"{file}.held")
+            while not os.path.exists(file) and not signals[-1]:
+                time.sleep(0.05)
         return step(trainer, index)
 
-    module.Trainer._step = slow
+    module.Trainer._step, module._stop_on_signals = waiting, watched
+
+
+def late(name, seconds):
+    replace = os.replace
+
+    def later(source, target, **rest):
+        if os.path.basename(target) != name:
+            return replace(source, target, **rest)
+        replace(source, f"{target}.late")
+        command = ["sh", "-c", 'sleep "$1" && mv "$2.late" "$2"', "sh", seconds, str(target)]
+        subprocess.Popen(command, start_new_session=True, stdin=-3, stdout=-3, stderr=-3)
+
+    os.replace = later
 
 
 def ask_often(module):
@@ -46,7 +77,8 @@ class Change(importlib.abc.MetaPathFinder):
         return spec
 
 
-sys.meta_path[:0] = [
-    Change("picogpt.train.loop", slow_steps),
-    Change("snakemake_executor_plugin_slurm", ask_often),
-]
+sys.meta_path.insert(0, Change("snakemake_executor_plugin_slurm", ask_often))
+if os.environ.get("PICOGPT_TEST_HOLD"):
+    sys.meta_path.insert(0, Change("picogpt.train.loop", hold))
+if os.environ.get("PICOGPT_TEST_LATE"):
+    late(*os.environ["PICOGPT_TEST_LATE"].split(":"))

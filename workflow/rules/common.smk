@@ -68,15 +68,16 @@ def picogpt(*arguments):
 
 
 def hub_state():
-    """Whether the hub is to be asked: unreachable, or else which try it is. Once one has succeeded, that one."""
+    """Whether the hub is to be asked: unreachable, or else which try it is. While what it gave is here, that one."""
     if workflow.remote_exec:
         return "not asked by a job on a cluster"
     status = Path("resources/pretrained.txt")
     lines = status.read_text().splitlines() if status.exists() else []
-    if lines and lines[0].endswith(": here"):
+    state = picogpt("fetch", "--check", "pretrained")
+    if lines and lines[0].endswith(": here") and state != "reachable":
         return lines[-1]
-    if picogpt("fetch", "--check", "pretrained") == "unreachable":
-        return "unreachable"
+    if state == "unreachable":
+        return state
     return f"reachable, after {status.stat().st_mtime:.0f}" if lines else "reachable"
 
 
@@ -161,12 +162,16 @@ GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
 # Several GPUs: one rank each. A plain command on one device.
 GPUS = (HERE["gpus"] if config["gpus"] == "auto" else config["gpus"]) if SIZE == "gpu" else 0
 BATCH = json.loads(settings("gpt2"))["train"]["batch_size"]
+for pair in config["gpt2"]["set"]:
+    if pair.startswith("train.batch_size="):
+        BATCH = int(pair.partition("=")[2])
 RANKS = max((ranks for ranks in range(1, GPUS + 1) if BATCH % ranks == 0), default=1)
 # What a rank has of a cluster's node beside its device, and how a training hears of its end: SLURM sends SIGTERM to all
 # processes of a job step. The trainer saves and ends; the shell and tee, which would end at once, wait for it.
 CPUS = 8
 HEAR_THE_END = "trap '' TERM; "
-PUBLISHED = Path(workflow.basedir, "../config/published.yaml")
+# A file of the source tree is read where it lies, whatever holds the others.
+PUBLISHED = local(str(Path(workflow.basedir, "../config/published.yaml")))
 
 
 def gpu_model(hardware="default"):

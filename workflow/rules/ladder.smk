@@ -19,6 +19,7 @@ rule bench_train:
     """
     input:
         rules.tokenize_gpt2.output,
+        before=lambda wildcards: rung_before(wildcards.hardware, wildcards.rung),
     output:
         "results/records/ladder/{hardware}/{rung}.json",
     log:

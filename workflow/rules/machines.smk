@@ -64,9 +64,16 @@ def ladder_records(name):
     return [f"results/records/ladder/{name}/{rung}.json" for rung in rungs] if name in MEASURED else []
 
 
+def rung_before(name, rung):
+    """The record of the rung before this one: a ladder is climbed in order and at one time, as machines have moods."""
+    rungs = machine_settings(name)["rungs"]
+    place = rungs.index(rung) if rung in rungs else 0
+    return f"results/records/ladder/{name}/{rungs[place - 1]}.json" if place else []
+
+
 def ladder_references(name):
     """The reference records of a ladder that is not measured here."""
-    return [] if name in MEASURED else sorted(map(str, REFERENCE.glob(f"*/ladder_{name}_*.json")))
+    return [] if name in MEASURED else [local(str(path)) for path in sorted(REFERENCE.glob(f"*/ladder_{name}_*.json"))]
 
 
 def training_file(name):
@@ -77,5 +84,13 @@ def training_file(name):
     return os.path.relpath(SHIPPED / f"../models/{training}.yaml")
 
 
-# Measured here, and shown with a long training.
-DISTRIBUTED = [name for name in MEASURED if machine_settings(name)["training"]]
+def fineweb_at_hand():
+    """Whether the text of the long training is here or can be had; a job on a cluster was sent because it is."""
+    if workflow.remote_exec or Path(f"{GPT2_TOKENS}/fineweb-edu/manifest.json").exists():
+        return True
+    return picogpt("fetch", "--check", "fineweb-edu", "--shard", "0") != "unreachable"
+
+
+# Measured here, and shown with a long training; without its text the report says "not measured here".
+TRAINED = [name for name in MEASURED if machine_settings(name)["training"]]
+DISTRIBUTED = TRAINED if TRAINED and fineweb_at_hand() else []

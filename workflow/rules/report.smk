@@ -25,7 +25,7 @@ RECORDS = [
     "results/records/data.json",
     *(path for name in MEASURED for path in ladder_records(name)),
 ]
-REFERENCES = sorted(map(str, REFERENCE.glob("*/*.json")))
+REFERENCES = [local(path) for path in sorted(map(str, REFERENCE.glob("*/*.json")))]
 SAMPLES = {
     f"{model}_{stage}": f"results/samples/{model}_{stage}.txt" for model in MODELS for stage in ("untrained", "trained")
 }
@@ -135,7 +135,7 @@ rule page:
             *expand("media/gpt2_{hardware}_loss.png", hardware=DISTRIBUTED),
         ],
         texts=["media/char_transformer_sample.txt", f"media/gpt2_{CORPUS}_sample.txt"],
-        template=Path(workflow.basedir, "report/report.md.j2"),
+        template=local(str(Path(workflow.basedir, "report/report.md.j2"))),
     output:
         report(
             "results/report.md",
