@@ -6,6 +6,7 @@ Trainings that are to be met in the middle wait there (tests/slow), so that noth
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow,slurm]'"),
     pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing()),
 ]
+BIN = Path(sys.executable).parent
 # Nodes of their own, so that tests that go on side by side do not meet.
 PARTITIONS = {
     "gpu": ("gpu1", "gpu2"), "limit": ("limit1", "limit2"), "cancel": ("cancel1", "cancel2"), "down": ("down1", "down2"),
@@ -82,6 +84,7 @@ class Pipeline:
             **os.environ,
             **NO_HUB,
             **cluster.environment,
+            "PATH": f"{cluster.environment['PATH']}:{BIN}",
             "PYTHONPATH": f"{ROOT / 'tests/slow'}:{ROOT}",
         }
         profile = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
@@ -288,8 +291,8 @@ def test_a_cancelled_training_on_two_nodes_goes_on_at_the_next_run(pipelines, be
         "--set=train.batch_size=4", "--set=train.micro_batch_size=1", "--set=model.block_size=16",
     ]  # fmt: skip
     job = subprocess.run(
-        ["srun", "--partition=cancel", "--mem=1000", *second],
-        capture_output=True, text=True, cwd=pipeline.folder, env=pipeline.environment,
+        ["srun", "--partition=gpu", "--mem=1000", *second],  # the nodes of the first one are its own
+        capture_output=True, text=True, cwd=pipeline.folder, env=pipeline.environment, timeout=slurm.LONGEST_S,
     )  # fmt: skip
     assert job.returncode == 1, job.stderr
     assert f"another process is training in {FINEWEB}" in job.stderr
@@ -404,6 +407,7 @@ def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelin
         "--folder", "run", "--config", str(ROOT / "config/models/gpt2_fineweb.yaml"),
         *(f"--set={pair}" for pair in TRAIN), "--hardware", "across.yaml",
     ]  # fmt: skip
+    command[0] = str(BIN / command[0])
     alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert alone.returncode == 0, alone.stderr
     assert same(run, tmp_path / "run")

@@ -104,11 +104,10 @@ ADVICE = {
 }
 
 
-def advise(log):
-    """Say what to change where SLURM took a job not."""
-    refused = [
-        line for line in Path(log).read_text().splitlines() if "sbatch: error" in line or "sbatch failed" in line
-    ]
+def advise(logs):
+    """Say what to change where SLURM took a job not; `logs` are files of Snakemake's own log."""
+    text = "\n".join(Path(log).read_text() for log in ([logs] if isinstance(logs, str) else logs))
+    refused = [line for line in text.splitlines() if "sbatch: error" in line or "sbatch failed" in line]
     for words, advice in ADVICE.items():
         if any(words in line for line in refused):
             print(f"picogpt: {advice} (docs/slurm.md)", file=sys.stderr)
