@@ -527,7 +527,7 @@ def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
             "--configfile", str(folder / "small.yaml"),
         ]  # fmt: skip
         environment = {"PYTHONPATH": str(tree), "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder / "hub")}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+        return subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, **environment})
 
     assert "fetch_fineweb" not in planned(snakemake("-n"))  # it cannot be had: the report will say so
     with hub_server.running() as hub:

@@ -89,7 +89,7 @@ def snakemake(folder: Path, *arguments: str, **environment: str) -> subprocess.C
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
         env={**os.environ, **NO_HUB, "HF_HUB_CACHE": str(folder / "hub"), **environment},
     )
 
