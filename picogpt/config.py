@@ -201,12 +201,12 @@ class PipelineLadder(Settings):
 class PipelineData(Settings):
     """How the pipeline measures the cost of data."""
 
-    characters: int = Field(8_000_000, ge=1, description="the text is repeated up to so many, to be tokenized")
+    characters: int = Field(ge=1, description="the text is repeated up to so many, to be tokenized")
     shards: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
         description="numbers of simulated shards, small files in a temporary folder"
     )
-    windows: int = Field(512, ge=1, description="windows of 1,024 tokens in a batch")
-    runs: int = Field(5, ge=1, description="of tokenizing, on each number of cores")
+    windows: int = Field(ge=1, description="windows of 1,024 tokens in a batch")
+    runs: int = Field(ge=1, description="of tokenizing, on each number of cores")
 
 
 class PipelineFineweb(Settings):

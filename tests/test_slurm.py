@@ -390,7 +390,10 @@ def test_trainings_that_were_stopped_end_with_the_weights_of_one_that_was_not(pi
 
 def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelines, begun, straight, tmp_path: Path):
     pipeline, started = pipelines["limit"], begun["limit"]
-    saved = lambda: "of 8; everything is saved" in started.out.read_text()  # noqa: E731
+
+    def saved() -> bool:
+        return "of 8; everything is saved" in started.out.read_text()
+
     slurm.wait_for(saved, "the signal before the time limit", pipeline.cluster, started.process)
     pipeline.go()
     status, out = started.end()
@@ -402,12 +405,11 @@ def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelin
     # The same by hand, in one go, with both ranks on one node.
     (tmp_path / "across.yaml").write_text(yaml.safe_dump({**MACHINES["across"], "nodes": 1, "ranks": 2}))
     command = [
-        "torchrun", "--standalone", "--nproc_per_node=2", "-m", "picogpt", "train", "gpt2",
+        str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "-m", "picogpt", "train", "gpt2",
         "--data", str(pipeline.folder / "weights/gpt2_tokenizer/pipeline/fineweb-edu"),
         "--folder", "run", "--config", str(ROOT / "config/models/gpt2_fineweb.yaml"),
         *(f"--set={pair}" for pair in TRAIN), "--hardware", "across.yaml",
     ]  # fmt: skip
-    command[0] = str(BIN / command[0])
     alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert alone.returncode == 0, alone.stderr
     assert same(run, tmp_path / "run")

@@ -108,6 +108,25 @@ def interrupted(folder: Path, tokens: TokenData, step: int) -> None:
     assert stop.value.exit_status == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_signal_that_torchrun_passes_on_again_ends_nothing(monkeypatch: pytest.MonkeyPatch, launched: bool):
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    else:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    with loop._stop_on_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        if launched:
+            signal.raise_signal(signal.SIGINT)
+            assert received == [signal.SIGINT] * 2
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -44,8 +44,9 @@ def measure(
 ) -> dict[str, Any]:
     """The record of `runs` runs of tokenizing on each number of `threads`, and of reading from `counts` shards.
 
-    The text is repeated to about `characters`, cut into documents. Tokenizing takes turns with tiktoken's own batches of the same documents. The shards are small files, as many as a
-    large corpus has; a batch is `windows` windows of BLOCK_SIZE tokens from anywhere.
+    The text is repeated to about `characters`, cut into documents. Tokenizing takes turns with tiktoken's own batches of
+    the same documents. The shards are small files, as many as a large corpus has; a batch is `windows` windows of
+    BLOCK_SIZE tokens from anywhere.
 
     Raises PicogptError when the text is empty or a file cannot be written.
     """
@@ -97,19 +98,18 @@ def _tokenizing(tokenizer: GPT2Tokenizer, documents: list[str], threads: Sequenc
     """Rates of our tokenizing and of tiktoken's, in turn."""
     count = len(tokenizer.encode_documents(documents))
     batches = [documents[first : first + DOCUMENTS_AT_ONCE] for first in range(0, len(documents), DOCUMENTS_AT_ONCE)]
-    ways: dict[str, Callable[[list[str], int], object]] = {
+    tiktoken = tokenizer.tiktoken
+    ways: dict[str, Callable[[int], object]] = {
         # As the tokens of a shard are made.
-        "tokens_per_second": lambda _, number: [ids for _, ids in tokenizer.encode_batches(batches, number)],
-        "tiktoken_tokens_per_second": lambda some, number: tokenizer.tiktoken.encode_ordinary_batch(
-            some, num_threads=number
-        ),
+        "tokens_per_second": lambda number: list(tokenizer.encode_batches(batches, number)),
+        "tiktoken_tokens_per_second": lambda number: tiktoken.encode_ordinary_batch(documents, num_threads=number),
     }
     rates: dict[str, list[list[float]]] = {name: [[] for _ in threads] for name in ways}
     with counting("tokenizing", runs * len(threads) * len(ways)) as advance:
         for _ in range(runs):
             for place, number in enumerate(threads):
                 for name, way in ways.items():
-                    rates[name][place].append(count / _seconds(way, documents, number))
+                    rates[name][place].append(count / _seconds(way, number))
                     advance(1)
     ours, theirs = ([statistics.median(some) for some in rates[name]] for name in ways)
     return {

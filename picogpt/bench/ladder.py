@@ -300,7 +300,7 @@ def _climb(
     if device.kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     climber = Rung(config, data.vocab_size, machine, setup, device, world, micro_batch_size)
-    alone_seconds = _require_memory(climber, config, machine, world)
+    alone_seconds = _require_memory(climber, machine, world)
     sampler = Sampler(data.train.ids, machine.block_size, machine.batch_size, TRAIN.seed)
 
     def step(number: int) -> tuple[float, float]:
@@ -352,7 +352,7 @@ def _climb(
     }
 
 
-def _require_memory(climber: Rung, config: GPT2Config, machine: MachineConfig, world: World) -> float:
+def _require_memory(climber: Rung, machine: MachineConfig, world: World) -> float:
     """On several ranks: raise the same on all where a micro-batch does not fit on one; in a step the others would wait.
 
     Returns the seconds it took; 0 on one rank, where nothing is done.

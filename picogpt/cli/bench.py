@@ -143,7 +143,7 @@ def data(text: Path, characters: int, counts: tuple[int, ...], windows: int, run
     from picogpt.data.bpe import GPT2Tokenizer
 
     cores = hardware.cpu_count()
-    threads = sorted({1, *(2**power for power in range(cores.bit_length()) if 2**power <= cores), cores})
+    threads = sorted({*(2**power for power in range(cores.bit_length())), cores})
     tokenizer = GPT2Tokenizer.fetched(RESOURCES)
     record = bench_data.measure(text, tokenizer, threads, sorted(set(counts)), windows, runs, characters)
     if out:

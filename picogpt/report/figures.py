@@ -31,11 +31,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
 
     Two panels: the whole run, and its lower part magnified. Epochs are marked by dotted lines.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     record = records.read(run_folder / "record.json")
     rows = records.read_lines(run_folder / "metrics.jsonl")
     results = record["results"]
@@ -79,13 +75,21 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         save(figure, out)
 
 
-def save(figure: Any, out: Path) -> None:
-    """Write a figure as PNG, in one piece, and free it."""
+def pyplot() -> Any:
+    """matplotlib's pyplot, loaded when a figure is drawn, and without a screen."""
+    import matplotlib
+
+    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save(figure: Any, out: Path) -> None:
+    """Write a figure as PNG, in one piece, and free it."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=144)
-    plt.close(figure)
+    pyplot().close(figure)
     with atomic_write(out) as file:
         file.write(picture.getvalue())
 

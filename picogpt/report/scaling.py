@@ -6,16 +6,12 @@ import statistics
 from pathlib import Path
 
 from picogpt import records
-from picogpt.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION, save
+from picogpt.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION, pyplot, save
 
 
 def draw_data_scaling(record_file: Path, out: Path) -> None:
     """Left: tokens/s of tokenizing by cores, ours and tiktoken's. Right: time to open and to draw a batch by shards."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     record = records.read(record_file)
     results, config = record["results"], record["config"]
     threads, shards = config["threads"], config["shards"]

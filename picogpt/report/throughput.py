@@ -9,7 +9,7 @@ from typing import Any
 from picogpt import machines
 from picogpt.config import MachineConfig
 from picogpt.report import ladder
-from picogpt.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION, save
+from picogpt.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION, pyplot, save
 from picogpt.report.published import published
 from picogpt.report.tables import read_records, read_references
 
@@ -42,11 +42,7 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
     marks = {rung: published(ladder.kind(name, rung)).get("speedup") for rung in machine.rungs}
     target = published(f"train gpt2 {name}").get("tokens_per_second")
 
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     height = 1.9 + 0.42 * len(machine.rungs)  # inches
     bars = {rung: record["results"] for rung, record in measured.items() if record["results"].get("speedup")}
     first = bars.get("baseline")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 import warnings
@@ -84,9 +85,8 @@ class Trainer:
         self.folder = RunFolder(folder, experiment.fingerprint(data.vocab_size, data.train.header.data_sha256))
         self.device = hardware.select(self.world.device(self.runtime.device), self.config.dtype)
         hardware.prepare(self.device, self.runtime.threads or self.world.threads())
-        self.provenance = records.provenance(
-            self.device
-        )  # of the code that runs, not of what it is edited to meanwhile
+        # Of the code that runs, not of what it is edited to meanwhile.
+        self.provenance = records.provenance(self.device)
         # TF32 for the float32 matrix products that remain, on GPUs that have it.
         torch.set_float32_matmul_precision("high")
 
@@ -117,7 +117,7 @@ class Trainer:
 
         With `replace`, a run of other settings in the folder is deleted instead of refused.
         """
-        with ExitStack() as held, _stop_on_signals(self.world.size > 1) as stop:
+        with ExitStack() as held, _stop_on_signals() as stop:
             self.world.from_first(lambda: self._enter(held))
             finished = self.world.from_first(lambda: self.folder.finished(replace))
             if finished:
@@ -348,9 +348,9 @@ class Trainer:
     def _record(self) -> dict[str, Any]:
         """All numbers of the finished run, with where they come from."""
         p, model, train = self.progress, self.experiment.model, self.data.train
-        # Without the first step of each session, where there are others.
-        steady = p.step > p.sessions
-        steps, seconds = p.step - steady * p.sessions, p.train_seconds - steady * p.first_step_seconds
+        steps, seconds = p.step - p.sessions, p.train_seconds - p.first_step_seconds
+        if steps < 1:  # there are only first steps
+            steps, seconds = p.step, p.train_seconds
         rate = steps * self.tokens_per_step / seconds
         flops = self.model.flops_per_token()
         peak = hardware.peak_flops(self.device)
@@ -444,13 +444,14 @@ def _listed_divisors(number: int) -> str:
 
 
 @contextmanager
-def _stop_on_signals(launched: bool) -> Iterator[list[int]]:
+def _stop_on_signals() -> Iterator[list[int]]:
     """Collect signals that ask for a stop; a second one of the same kind has its usual effect at once.
 
-    But not where the process was `launched` by torchrun, which passes on what SLURM or a terminal has sent to all
+    But not where the process was started by torchrun, of however many ranks, which passes on what SLURM or a terminal has sent to all
     processes already: there it would end a rank before the others have saved, and torchrun ends those that stay.
     """
     received: list[int] = []
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
     previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
 
     def remember(number: int, frame: object) -> None:

@@ -47,7 +47,8 @@ def late(name, seconds):
             return replace(source, target, **rest)
         replace(source, f"{target}.late")
         command = ["sh", "-c", 'sleep "$1" && mv "$2.late" "$2"', "sh", seconds, str(target)]
-        subprocess.Popen(command, start_new_session=True, stdin=-3, stdout=-3, stderr=-3)
+        nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.Popen(command, start_new_session=True, **nothing)
 
     os.replace = later
 

@@ -112,12 +112,16 @@ rule bench_data:
         cpus_per_task=CPUS,
     params:
         shards=[f"--shards={count}" for count in config["data"]["shards"]],
-        settings=[f"--{key}={value}" for key, value in config["data"].items() if key != "shards"],
+        characters=config["data"]["characters"],
+        windows=config["data"]["windows"],
+        runs=config["data"]["runs"],
     shell:
         "picogpt bench data"
         " --text {input.text:q}"
         " {params.shards:q}"
-        " {params.settings:q}"
+        " --characters {params.characters}"
+        " --windows {params.windows}"
+        " --runs {params.runs}"
         " --out {output:q}"
         " > {log:q} 2>&1"
 

@@ -162,8 +162,9 @@ GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
 GPUS = (HERE["gpus"] if config["gpus"] == "auto" else config["gpus"]) if SIZE == "gpu" else 0
 BATCH = json.loads(settings("gpt2"))["train"]["batch_size"]
 for pair in config["gpt2"]["set"]:
-    if pair.startswith("train.batch_size="):
-        BATCH = int(pair.partition("=")[2])
+    key, _, value = pair.partition("=")
+    if key == "train.batch_size" and value.isdigit():
+        BATCH = int(value)
 RANKS = max((ranks for ranks in range(1, GPUS + 1) if BATCH % ranks == 0), default=1)
 # What a rank has of a cluster's node beside its device, and how a training hears of its end: SLURM sends SIGTERM to all
 # processes of a job step. The trainer saves and ends; the shell and tee, which would end at once, wait for it.
