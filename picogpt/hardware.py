@@ -210,6 +210,9 @@ def torch_dtype(device: Device) -> torch.dtype:
 def cpu_count() -> int:
     """Cores this process may use; fewer than the machine has inside a container or a batch job."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # What SLURM gave to the job on a node, as "8" or "8(x2),4": without cgroups nothing else holds it to that.
+    counts = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    cores = max(1, min([cores, *map(int, counts)]))
     try:  # a container's share of the CPU, as "200000 100000" microseconds
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(cores, int(quota) // int(period)))

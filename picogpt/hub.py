@@ -19,6 +19,8 @@ from picogpt.files import sha256_file
 FILE = "model.safetensors"
 HUB_TIMEOUT_S = 5
 BUSY = (408, 429)
+TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
+"""Packages that bring bytes for the client, of its versions; their errors are not all OSErrors."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -75,7 +77,7 @@ def is_here(name: str) -> bool:
 
 
 def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
-    """A file of the hub in the hub client's own cache; fetched, resumed and verified where need be.
+    """A file of the hub in the hub client's own cache; fetched and verified where need be.
 
     With `cached_only` nobody is asked for it.
 
@@ -107,6 +109,7 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
                 local_files_only=cached_only,
             )
         )
+        expected = wanted.sha256 or _named_hash(path, wanted, endpoint)
     except (errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
         status = _status(error)
         if status is None:
@@ -118,15 +121,16 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
         }
         message = f"the hub ({endpoint}) answers {status} to {where}.{hints.get(status, '')}"
         raise (Unreachable if status >= 500 or status in BUSY else PicogptError)(message) from error
-    except OSError as error:  # the connection broke for good, or the disk is full; httpx errors come as OSError too
+    except OSError as error:  # the connection broke for good, or the disk is full
         if error.errno in DISK:
             raise PicogptError(f"cannot write {where} into the cache: {error.strerror}") from error
-        raise Unreachable(f"cannot get {where}: {innermost(error)}; the next run goes on from what is kept") from error
-    except Exception as error:  # the client's transport has errors of its own
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+        raise Unreachable(f"cannot get {where}: {innermost(error)}; the same command tries again") from error
+    except Exception as error:  # the client's transports have errors of their own, and Xet's are plain RuntimeErrors
+        transport = type(error).__module__.partition(".")[0] in TRANSPORTS
+        if not transport and type(error) is not RuntimeError:
             raise
-        raise Unreachable(f"cannot get {where}: {innermost(error)}; the next run goes on from what is kept") from error
-    _verify(path, wanted, wanted.sha256 or _named_hash(path, wanted, endpoint))
+        raise Unreachable(f"cannot get {where}: {innermost(error)}; the same command tries again") from error
+    _verify(path, wanted, expected)
     return path
 
 
@@ -166,18 +170,22 @@ def _named_hash(path: Path, wanted: HubFile, endpoint: str) -> str:
     """The hash that the hub names for the file: the cache calls the file by it, where the file system has links."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    if re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
-        return path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", (name := _stored(path).name)):
+        return name
     url = hf_hub_url(wanted.repository, wanted.file, repo_type=wanted.kind, revision=wanted.revision, endpoint=endpoint)
     return str(get_hf_file_metadata(url).etag)
 
 
+def _stored(path: Path) -> Path:
+    """What a name in the cache links to; one link further may lie what several repositories share, under another name."""
+    return path.parent / os.readlink(path) if path.is_symlink() else path
+
+
 def _verify(path: Path, wanted: HubFile, expected: str) -> None:
     """Raises PicogptError, and drops the file, when it has another hash than the expected one."""
-    blob = path.resolve()
-    actual = sha256_file(blob)
+    actual = sha256_file(path)
     if actual != expected:
-        blob.unlink(missing_ok=True)
+        _stored(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise PicogptError(
             f"the hub serves another file than {wanted.file} at the pinned revision: sha256 {actual}, expected {expected}."

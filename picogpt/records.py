@@ -16,7 +16,7 @@ from picogpt.files import read_text, write_text
 
 SCHEMA_VERSION = 1
 NOT_SOURCE = (":!results/reference", ":!media/reference")
-REQUIRED = ("schema_version", "kind", "created", "device", "software", "commit", "corpus", "config", "results")
+REQUIRED = ("schema_version", "kind", "created", "device", "software", "commit", "dirty", "corpus", "config", "results")
 
 
 def provenance(device: hardware.Device) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _check(record: Any, path: str) -> None:
         raise PicogptError(f"{path} is not a result record: {', '.join(wrong)} must be mappings")
     if record["schema_version"] != SCHEMA_VERSION:
         raise PicogptError(
-            f"{path} has schema version {record['schema_version']} and this picogpt reads {SCHEMA_VERSION}: make it again"
+            f"{path} has schema version {record['schema_version']} and this picogpt reads {SCHEMA_VERSION}: delete it and make it again (make report)"
         )
 
 

@@ -29,7 +29,7 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     Only of the run folder called `run`, and without what could not be measured. A copy of the same device is replaced.
     Returns both folders.
 
-    Raises PicogptError when there is nothing, when a record was measured with uncommitted changes, at no commit, or on
+    Raises PicogptError when there is nothing, when parts of a run are missing, when a record was measured with uncommitted changes, at no commit, or on
     another corpus than the published numbers, or when the records are of several devices.
     """
     commit, dirty = records.commit()
@@ -39,7 +39,8 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
             f"the source of picogpt {state}: reference records must say which code made them; commit first"
         )
     paths = [path for pattern in RECORDS for path in sorted(root.glob(pattern.format(run=run)))]
-    found = {path: record for path in paths if "not_measured" not in (record := records.read(path))}
+    # What the hub did not give may join later; what this device cannot do, and why, is part of the run.
+    found = {path: record for path in paths if "reason" not in (record := records.read(path))}
     if not found:
         raise PicogptError(f"{root.resolve()} has no records of the run {run!r}: make report makes them")
     for path, record in found.items():
@@ -52,6 +53,12 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
         )
     (device,) = names
     folders = root / "results/reference" / device, root / "media/reference" / device
+    whole = ("train char-bigram", "train char-transformer", "train gpt2", "ladder ", "evaluate gpt2 ", "sampling gpt2 ")
+    kinds = [f"{record['kind']} " for record in found.values()]
+    lacking = [part.strip() for part in whole if not any(kind.startswith(part) for kind in kinds)]
+    lacking += [page for page in PAGES if not (root / page).exists()]
+    if lacking:
+        raise PicogptError(f"a reference is a whole run, and {root.resolve()} lacks {', '.join(lacking)}: make report")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -61,11 +68,8 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
         for path in sorted(root.glob(pattern)):
             shutil.copyfile(path, folders[1] / path.name)
     for page in PAGES:
-        path = root / page
-        if path.exists():
-            write_text(
-                folders[0] / path.name, read_text(path).replace("](../media/", f"](../../../media/reference/{device}/")
-            )
+        text = read_text(root / page).replace("](../media/", f"](../../../media/reference/{device}/")
+        write_text(folders[0] / Path(page).name, text)
     for folder in folders:
         _sum_up(folder)
     return folders

@@ -1,10 +1,13 @@
 """The machines of the write-up, and which of them this one is."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from picogpt import hardware, machines
+from picogpt import config, hardware, machines
 from picogpt.config import MachineConfig, parse
 from picogpt.errors import UsageError
 
@@ -133,6 +136,29 @@ def test_the_draft_is_a_file_that_fits_this_machine(monkeypatch, picogpt, tmp_pa
     kind, names = machines.here()
     assert (machine.kind, machine.ranks) == (kind, len(names))
     machines.require("mine", machine, hardware.Device(names[0], kind, "float32"), machine.world_size)
+
+
+def test_a_draft_may_go_where_the_files_are(monkeypatch, picogpt, tmp_path):
+    """The shell has made the file before the command begins."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    (tmp_path / "config/hardware/mine.yaml").touch()
+    monkeypatch.setattr(config, "config_folder", lambda: tmp_path / "config")
+    monkeypatch.setattr(machines, "config_folder", lambda: tmp_path / "config")
+    run = picogpt("hardware", "--draft")
+    assert (run.status, "title:" in run.out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "cores"),
+    [(None, 6), ("", 6), ("4", 4), ("8(x2),2", 2), ("72(x3)", 6), ("0", 1)],
+)
+def test_a_job_takes_the_cores_that_slurm_gave_it(monkeypatch, given: str | None, cores: int):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setattr(hardware, "Path", lambda path: Path("/nothing"))  # no share of a container
+    monkeypatch.delenv("SLURM_JOB_CPUS_PER_NODE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", given)
+    assert hardware.cpu_count() == cores
 
 
 def test_where_no_file_fits_the_command_prints_a_draft(monkeypatch, picogpt):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from picogpt import models
+from picogpt import hardware, models
 from picogpt.config import CharBigramConfig, CharTransformerConfig, TrainConfig
 from picogpt.models.bigram import closed_form_loss
 from picogpt.train.optim import Optimizer, learning_rate_factor, orthogonalize
@@ -101,11 +101,15 @@ def test_the_closed_form_is_the_loss_of_the_counted_table():
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16), (3, 48, 16), (1, 16, 64)])
-def test_orthogonalize_brings_every_singular_value_near_one(shape: tuple[int, int, int]):
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_orthogonalize_brings_every_singular_value_near_one(shape: tuple[int, int, int], has_bfloat16: bool, monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: has_bfloat16)
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     result = orthogonalize(matrices)
     assert result.dtype == matrices.dtype
+    # Many times slower where there are no instructions for it.
+    assert torch.equal(result, result.bfloat16().float()) == has_bfloat16
     values = torch.linalg.svdvals(result)
     assert 0.5 < values.min() < values.max() < 1.4
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)

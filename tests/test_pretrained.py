@@ -95,6 +95,32 @@ def test_a_hang_up_is_resumed_where_it_stopped(hub: Hub, content: bytes, monkeyp
     assert any(wanted and int(wanted.removeprefix("bytes=").split("-")[0]) > 0 for wanted in ranges), ranges
 
 
+def test_a_connection_that_breaks_each_time_is_a_message(hub: Hub, content: bytes, monkeypatch: pytest.MonkeyPatch):
+    """The client gives up, with an error of its transport that is no OSError."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.hang_up_after = [0] * 20
+    with pytest.raises(Unreachable, match=r"cannot get openai-community/gpt2/model\.safetensors.*tries again"):
+        hub_client.fetch("pretrained")
+    hub.hang_up_after = []
+    assert hub_client.fetch("pretrained").read_bytes() == content
+
+
+def test_a_file_that_lies_in_the_store_of_xet_is_known_by_the_hash_of_the_hub(hub: Hub, content: bytes, monkeypatch):
+    """There the file of the cache is a link to what several repositories share, under a hash of another kind."""
+    path = hub_client.fetch("pretrained")
+    blob = path.resolve()
+    shared = blob.parent.parent.parent / "shared" / ("c" * 64)
+    shared.parent.mkdir()
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    register(monkeypatch, None)
+    assert hub_client.fetch("pretrained").read_bytes() == content
+    register(monkeypatch, "a" * 64)
+    with pytest.raises(PicogptError, match="expected aaaa"):
+        hub_client.fetch("pretrained")
+    assert (shared.exists(), path.is_symlink(), blob.is_symlink()) == (True, False, False)
+
+
 @pytest.mark.parametrize("registered", [True, False])
 def test_another_file_is_refused_and_not_kept(hub: Hub, monkeypatch, tmp_path: Path, registered: bool):
     if registered:

@@ -39,9 +39,16 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     records.write(
         tmp_path / "weights/gpt2/20260210_183518/tinyshakespeare/record.json", record("train gpt2", results={})
     )
+    for model in ("bigram", "transformer"):
+        records.write(tmp_path / f"weights/char_{model}/pipeline/record.json", record(f"train char-{model}"))
+    for kind in ("evaluate gpt2 int8", "sampling gpt2 int8"):
+        records.write(tmp_path / f"results/records/{kind.replace(' ', '_')}.json", record(kind))
     records.write(tmp_path / "results/records/ladder/cpu/baseline.json", record("ladder cpu baseline", results=SPEEDS))
-    missing = record("evaluate gpt2-pretrained int8", not_measured="hub unreachable", results={})
+    unable = record("ladder cpu bf16", not_measured="no instructions for bfloat16", results={})
+    records.write(tmp_path / "results/records/ladder/cpu/bf16.json", unable)
+    missing = record("evaluate gpt2-pretrained int8", not_measured="hub unreachable", reason="", results={})
     records.write(tmp_path / "results/records/evaluate.json", missing)
+    (tmp_path / "results/summary.csv").write_text("section,metric\n")
     (tmp_path / "results/report.md").write_text("![a](../media/gpt2_cpu_throughput.png)\n")
     return tmp_path
 
@@ -50,7 +57,11 @@ def test_what_was_measured_is_kept(measured: Path):
     kept, pictures = reference.keep(measured, "pipeline")
     assert kept.parent == measured / "results/reference"
     assert kept.name == reference.slug(records.provenance(hardware.select("cpu"))["device"])
-    files = ["SHA256SUMS", "ladder_cpu_baseline.json", "report.md", "train_gpt2.json"]
+    files = [
+        "SHA256SUMS", "evaluate_gpt2_int8.json", "ladder_cpu_baseline.json", "ladder_cpu_bf16.json", "report.md",
+        "sampling_gpt2_int8.json", "summary.csv", "train_char-bigram.json", "train_char-transformer.json",
+        "train_gpt2.json",
+    ]  # fmt: skip
     assert sorted(path.name for path in kept.iterdir()) == files
     assert json.loads((kept / "train_gpt2.json").read_text())["results"] == {"val_loss_after": 5.5}
     assert (pictures / "gpt2_cpu_throughput.png").read_bytes() == b"a picture"
@@ -65,7 +76,10 @@ def test_what_was_measured_is_kept(measured: Path):
 def test_the_command(measured: Path, picogpt):
     run = picogpt("reference")
     assert (run.status, run.out.count("files\n")) == (0, 2)
-    assert picogpt("reference", "--run", "nobody").status == 0  # the benchmarks are no run's
+    before = sorted(measured.glob("results/reference/*/*"))
+    run = picogpt("reference", "--run", "nobody")  # the benchmarks are no run's
+    assert (run.status, "lacks train char-bigram, train char-transformer, train gpt2: make report" in run.err) == (1, True)
+    assert sorted(measured.glob("results/reference/*/*")) == before
     shutil.rmtree(measured / "results/records")
     run = picogpt("reference", "--run", "nobody")
     assert (run.status, "has no records of the run 'nobody'" in run.err) == (1, True)

@@ -390,5 +390,7 @@ def _kernels(step: Callable[[], object], device: hardware.Device) -> dict[str, f
     if device.kind == "cuda":  # operators have the time of their kernels too, which would count twice
         events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     attribute = "self_device_time_total" if device.kind == "cuda" else "self_cpu_time_total"
-    spent = sorted(((getattr(event, attribute), event.key) for event in events), reverse=True)
-    return {name[:120]: microseconds / 1e6 for microseconds, name in spent if microseconds > 0}
+    spent: dict[str, float] = {}
+    for event in events:  # names of templates go on for pages; those that begin alike are one entry
+        spent[event.key[:120]] = spent.get(event.key[:120], 0.0) + getattr(event, attribute) / 1e6
+    return {name: seconds for name, seconds in sorted(spent.items(), key=lambda item: -item[1]) if seconds > 0}

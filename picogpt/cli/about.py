@@ -34,6 +34,9 @@ def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
     from picogpt import hardware as machine
     from picogpt import machines
 
+    if only_draft:  # before the files are read: the shell has made an empty one of what this is to fill
+        click.echo(machines.draft(), nl=False)
+        return
     known = {machines.name_of(name): machines.load(name) for name in (*machines.names(), *files)}
     if as_json:
         here = {
@@ -43,9 +46,6 @@ def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
             "machines": {name: settings.model_dump(mode="json") for name, settings in known.items()},
         }
         click.echo(json.dumps(here))
-        return
-    if only_draft:
-        click.echo(machines.draft(), nl=False)
         return
     device = machine.select()
     click.echo(f"device   {device.name} ({device.torch_name})")

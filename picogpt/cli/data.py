@@ -45,7 +45,7 @@ def fetch(
     they stay in the cache of the Hugging Face client. So do the shards of `fineweb-edu`, text for longer trainings.
 
     $PICOGPT_MIRROR, a folder or an address, is asked first, then the registered addresses. What is here already
-    is verified and not fetched again; what broke off goes on where it stopped.
+    is verified and not fetched again; a connection that breaks is taken up again.
     """
     from picogpt.data import assets, fineweb
     from picogpt.files import atomic_write, write_text

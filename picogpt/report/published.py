@@ -67,7 +67,8 @@ def published(record: str) -> dict[str, float]:
 def compare(number: Number, record: dict[str, Any] | None, reference: dict[str, Any] | None = None) -> dict[str, Any]:
     """One row of `results/summary.csv`. `record` is None where nothing measured the number here.
 
-    Then the number of a reference record, measured elsewhere, stands in its place, and the row says so.
+    Then the number of a reference record, measured elsewhere, stands in its place, and the row says so; only of what
+    depends on a certain machine, as any machine can measure the rest.
     """
     measured = value_of(record["results"], number.key) if record else None
     row = {
@@ -79,10 +80,11 @@ def compare(number: Number, record: dict[str, Any] | None, reference: dict[str, 
         "device": record["device"]["name"] if record and measured is not None else None,
     }
     if record is None or measured is None:
-        reason = (record or {}).get("not_measured") or _needs(number) or f"no record of {number.record} has it"
+        needs = _needs(number)
+        reason = (record or {}).get("not_measured") or needs or f"no record of {number.record} has it"
         row = {**row, "status": "not measured here", "note": reason}
         known = value_of(reference["results"], number.key) if reference else None
-        if reference and known is not None and number.device in (None, reference["device"]["name"]):
+        if reference and known is not None and (needs or number.device == reference["device"]["name"]):
             name, day = reference["device"]["name"], reference["created"][:10]
             row |= {"measured": known, "device": name, "note": f"{reason}; the number is a reference record of {day}"}
         return row

@@ -239,9 +239,14 @@ class Trainer:
                 loss.backward()
         except Exception as error:
             if is_out_of_memory(error):
+                share, much = self.config.batch_size // self.world.size, self.micro_batch_size
+                less = max((size for size in range(1, much // 2 + 1) if share % size == 0), default=None)
+                advice = (
+                    f"--set train.micro_batch_size={less} trains the same with less" if less
+                    else "a shorter model.block_size or a smaller model needs less"
+                )  # fmt: skip
                 raise PicogptError(
-                    f"{self.device.name} has too little memory for {self.micro_batch_size} sequences at once:"
-                    f" --set train.micro_batch_size={max(1, self.micro_batch_size // 2)} trains the same with less"
+                    f"{self.device.name} has too little memory for {much} sequences at once: {advice}"
                 ) from error
             # Compilation happens at the first call, and fails where there is no working C++ compiler.
             if not self.compiled or self.runtime.compile == "on" or not is_compile_error(error):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from picogpt import hardware
 from picogpt.config import TrainConfig
 
 # Coefficients of the quintic Newton-Schulz iteration, from Keller Jordan's Muon (2024),
@@ -97,10 +98,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """The orthogonal factor of each matrix, (N, rows, columns), approximately: singular values land near 1.
 
-    bfloat16 suffices, as the iteration corrects its own rounding.
+    bfloat16 suffices, as the iteration corrects its own rounding; a CPU without instructions for it, where such products
+    are a hundred times slower, takes float32.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices if matrices.device.type == "cpu" and not hardware.cpu_multiplies_bfloat16() else matrices.bfloat16()
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
