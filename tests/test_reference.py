@@ -78,7 +78,10 @@ def test_the_command(measured: Path, picogpt):
     assert (run.status, run.out.count("files\n")) == (0, 2)
     before = sorted(measured.glob("results/reference/*/*"))
     run = picogpt("reference", "--run", "nobody")  # the benchmarks are no run's
-    assert (run.status, "lacks train char-bigram, train char-transformer, train gpt2: make report" in run.err) == (1, True)
+    assert (run.status, "lacks train char-bigram, train char-transformer, train gpt2: make report" in run.err) == (
+        1,
+        True,
+    )
     assert sorted(measured.glob("results/reference/*/*")) == before
     shutil.rmtree(measured / "results/records")
     run = picogpt("reference", "--run", "nobody")
