@@ -298,7 +298,7 @@ def test_the_pretrained_rows_join_once_the_hub_answers(finished: Path):
         run = snakemake(finished, "-n", HF_ENDPOINT=answering.address)
         assert jobs(run) == {"fetch_pretrained", "evaluate", "bench_sampling", "bench_weights", "summary", "page"}
         # It answered, and yet it did not give the file: the next run tries again.
-        answering.status = 503
+        answering.status = 501
         target = ["results/records/evaluate_gpt2-pretrained_int8.json"]
         tried = snakemake(finished, *target, HF_ENDPOINT=answering.address)
         assert tried.returncode == 0, tried.stderr
