@@ -114,17 +114,21 @@ def test_a_signal_that_torchrun_passes_on_again_ends_nothing(monkeypatch: pytest
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     else:
         monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    before = signal.getsignal(signal.SIGINT)
-    with loop._stop_on_signals() as received:
-        signal.raise_signal(signal.SIGINT)
-        assert received == [signal.SIGINT]
-        if launched:
+    # A shell that starts the tests in the background has SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with loop._stop_on_signals() as received:
             signal.raise_signal(signal.SIGINT)
-            assert received == [signal.SIGINT] * 2
-        else:
-            with pytest.raises(KeyboardInterrupt):
+            assert received == [signal.SIGINT]
+            if launched:
                 signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+                assert received == [signal.SIGINT] * 2
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
