@@ -241,6 +241,11 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
 
 
+def multiplies_bfloat16(kind: str) -> bool:
+    """Whether products of bfloat16 are fast on a device of this kind: on all but some CPUs."""
+    return kind != "cpu" or cpu_multiplies_bfloat16()
+
+
 def cpu_name() -> str:
     """Model name of the CPU, with family and model number where a virtual machine hides which model it is."""
     info = _cpu_info()

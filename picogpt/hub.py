@@ -121,13 +121,13 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
         }
         message = f"the hub ({endpoint}) answers {status} to {where}.{hints.get(status, '')}"
         raise (Unreachable if status >= 500 or status in BUSY else PicogptError)(message) from error
-    except OSError as error:  # the connection broke for good, or the disk is full
-        if error.errno in DISK:
+    except (
+        Exception
+    ) as error:  # the disk is full, or the connection broke for good; Xet's errors are plain RuntimeErrors
+        if isinstance(error, OSError) and error.errno in DISK:
             raise PicogptError(f"cannot write {where} into the cache: {error.strerror}") from error
-        raise Unreachable(f"cannot get {where}: {innermost(error)}; the same command tries again") from error
-    except Exception as error:  # the client's transports have errors of their own, and Xet's are plain RuntimeErrors
         transport = type(error).__module__.partition(".")[0] in TRANSPORTS
-        if not transport and type(error) is not RuntimeError:
+        if not (transport or isinstance(error, OSError) or type(error) is RuntimeError):
             raise
         raise Unreachable(f"cannot get {where}: {innermost(error)}; the same command tries again") from error
     _verify(path, wanted, expected)
@@ -170,7 +170,8 @@ def _named_hash(path: Path, wanted: HubFile, endpoint: str) -> str:
     """The hash that the hub names for the file: the cache calls the file by it, where the file system has links."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    if re.fullmatch(r"[0-9a-f]{64}", (name := _stored(path).name)):
+    name = _stored(path).name
+    if re.fullmatch(r"[0-9a-f]{64}", name):
         return name
     url = hf_hub_url(wanted.repository, wanted.file, repo_type=wanted.kind, revision=wanted.revision, endpoint=endpoint)
     return str(get_hf_file_metadata(url).etag)

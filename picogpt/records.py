@@ -95,7 +95,8 @@ def _check(record: Any, path: str) -> None:
         raise PicogptError(f"{path} is not a result record: {', '.join(wrong)} must be mappings")
     if record["schema_version"] != SCHEMA_VERSION:
         raise PicogptError(
-            f"{path} has schema version {record['schema_version']} and this picogpt reads {SCHEMA_VERSION}: delete it and make it again (make report)"
+            f"{path} has schema version {record['schema_version']} and this picogpt reads {SCHEMA_VERSION}:"
+            " delete it and make it again (make report)"
         )
 
 

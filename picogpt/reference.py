@@ -20,6 +20,8 @@ SUMS = "SHA256SUMS"
 CORPUS = "tinyshakespeare"
 RECORDS = ("results/records/**/*.json", "weights/*/{run}/record.json", "weights/gpt2/{run}/*/record.json")
 PAGES = ("results/summary.csv", "results/report.md")
+# How the kinds of records begin that a whole run has.
+WHOLE = ("train char-bigram", "train char-transformer", "train gpt2", "ladder ", "evaluate gpt2 ", "sampling gpt2 ")
 PICTURES = ("media/*.png", "media/*.txt")
 
 
@@ -29,8 +31,9 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     Only of the run folder called `run`, and without what could not be measured. A copy of the same device is replaced.
     Returns both folders.
 
-    Raises PicogptError when there is nothing, when parts of a run are missing, when a record was measured with uncommitted changes, at no commit, or on
-    another corpus than the published numbers, or when the records are of several devices.
+    Raises PicogptError when there is nothing, when parts of a run are missing, when a record was measured with
+    uncommitted changes, at no commit, or on another corpus than the published numbers, or when the records are of
+    several devices.
     """
     commit, dirty = records.commit()
     if commit is None or dirty:
@@ -53,9 +56,8 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
         )
     (device,) = names
     folders = root / "results/reference" / device, root / "media/reference" / device
-    whole = ("train char-bigram", "train char-transformer", "train gpt2", "ladder ", "evaluate gpt2 ", "sampling gpt2 ")
-    kinds = [f"{record['kind']} " for record in found.values()]
-    lacking = [part.strip() for part in whole if not any(kind.startswith(part) for kind in kinds)]
+    kinds = [record["kind"] for record in found.values()]
+    lacking = [part.strip() for part in WHOLE if not any(kind.startswith(part) for kind in kinds)]
     lacking += [page for page in PAGES if not (root / page).exists()]
     if lacking:
         raise PicogptError(f"a reference is a whole run, and {root.resolve()} lacks {', '.join(lacking)}: make report")

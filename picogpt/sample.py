@@ -259,7 +259,7 @@ def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32", 
     if isinstance(model, GPT2):
         if dtype == "int8":
             return inference.specialize(model, inference.Int8Linear)
-        if where.kind == "cpu" and dtype == "bfloat16" and not hardware.cpu_multiplies_bfloat16():
+        if dtype == "bfloat16" and not hardware.multiplies_bfloat16(where.kind):
             return inference.specialize(model, inference.Bfloat16Linear)
         if decoding and where.kind == "cpu" and inference.can_pack(model.ln_f.weight.dtype):
             return inference.specialize(model, inference.PackedLinear)

@@ -362,7 +362,7 @@ def test_all_of_the_pipeline_on_one_device_two_ranks_and_two_nodes(straight: Pat
 def test_jobs_on_the_same_node_have_gpus_and_cores_of_their_own(cluster: Cluster, tmp_path: Path):
     cores = f"PYTHONPATH={ROOT} {sys.executable} -c 'from picogpt import hardware; print(hardware.cpu_count())'"
     script = (
-        f'echo "$CUDA_VISIBLE_DEVICES" $({cores}) > {tmp_path}/$SLURM_JOB_ID.new && mv {tmp_path}/$SLURM_JOB_ID.new'
+        f'echo "$CUDA_VISIBLE_DEVICES" $({cores}) > {tmp_path}/new.$SLURM_JOB_ID && mv {tmp_path}/new.$SLURM_JOB_ID'
         f" {tmp_path}/$SLURM_JOB_ID; while [ ! -e {tmp_path}/go ]; do sleep 0.2; done"
     )
     for _ in range(2):
@@ -376,11 +376,7 @@ def test_jobs_on_the_same_node_have_gpus_and_cores_of_their_own(cluster: Cluster
             "--output=/dev/null",
             f"--wrap={script}",
         )
-    slurm.wait_for(
-        lambda: len([path for path in tmp_path.iterdir() if path.suffix != ".new"]) == 2,
-        "two jobs on one node",
-        cluster,
-    )
+    slurm.wait_for(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2, "two jobs on one node", cluster)
     shown = sorted(path.read_text().strip() for path in tmp_path.glob("[0-9]*"))
     (tmp_path / "go").touch()
     assert shown == ["0 1", "1 1"]

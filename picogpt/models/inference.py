@@ -74,7 +74,7 @@ def bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     A CPU without instructions for it multiplies many rows in float32: the same sums, several times as fast.
     """
-    if len(x) <= FEW_ROWS or x.device.type != "cpu" or hardware.cpu_multiplies_bfloat16():
+    if len(x) <= FEW_ROWS or hardware.multiplies_bfloat16(x.device.type):
         return F.linear(x, weight)
     return F.linear(x.float(), weight.float()).bfloat16()
 

@@ -239,12 +239,10 @@ class Trainer:
                 loss.backward()
         except Exception as error:
             if is_out_of_memory(error):
-                share, much = self.config.batch_size // self.world.size, self.micro_batch_size
-                less = max((size for size in range(1, much // 2 + 1) if share % size == 0), default=None)
-                advice = (
-                    f"--set train.micro_batch_size={less} trains the same with less" if less
-                    else "a shorter model.block_size or a smaller model needs less"
-                )  # fmt: skip
+                much, advice = self.micro_batch_size, "a shorter model.block_size or a smaller model needs less"
+                if much > 1:
+                    less = micro_batch_size(self.config.batch_size, self.world.size, None, much // 2)
+                    advice = f"--set train.micro_batch_size={less} trains the same with less"
                 raise PicogptError(
                     f"{self.device.name} has too little memory for {much} sequences at once: {advice}"
                 ) from error
@@ -452,8 +450,9 @@ def _listed_divisors(number: int) -> str:
 def _stop_on_signals() -> Iterator[list[int]]:
     """Collect signals that ask for a stop; a second one of the same kind has its usual effect at once.
 
-    But not where the process was started by torchrun, of however many ranks, which passes on what SLURM or a terminal has sent to all
-    processes already: there it would end a rank before the others have saved, and torchrun ends those that stay.
+    But not where the process was started by torchrun, of however many ranks, which passes on what SLURM or a terminal
+    has sent to all processes already: there it would end a rank before the others have saved, and torchrun ends those
+    that stay.
     """
     received: list[int] = []
     launched = "TORCHELASTIC_RUN_ID" in os.environ

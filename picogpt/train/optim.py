@@ -99,10 +99,10 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """The orthogonal factor of each matrix, (N, rows, columns), approximately: singular values land near 1.
 
     bfloat16 suffices, as the iteration corrects its own rounding; a CPU without instructions for it, where such products
-    are a hundred times slower, takes float32.
+    are many times slower, takes float32.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices if matrices.device.type == "cpu" and not hardware.cpu_multiplies_bfloat16() else matrices.bfloat16()
+    x = matrices.bfloat16() if hardware.multiplies_bfloat16(matrices.device.type) else matrices
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
