@@ -20,7 +20,7 @@ report: $(READY)
 	$(BIN)/snakemake
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slurm"
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slurm" --durations=25
 	@echo "not run: the tests marked slurm, which start a cluster of their own and take minutes: make test-slurm"
 
 test-slurm: $(READY)

@@ -185,7 +185,9 @@ class PipelineGPT2(Settings):
     )
     throughput_tokens: int = Field(ge=1, description="tokens of a run of the sampling benchmark")
     throughput_runs: int = Field(ge=2, description="runs of the sampling benchmark")
-    throughput_streams: int = Field(ge=2, description="texts sampled at once, in bfloat16, in one more benchmark")
+    throughput_streams: int = Field(
+        ge=2, description="texts sampled at once, in the dtype that is fast here, in one more benchmark"
+    )
 
 
 class PipelineLadder(Settings):

@@ -18,7 +18,6 @@ from picogpt.files import sha256_file
 
 FILE = "model.safetensors"
 HUB_TIMEOUT_S = 5
-BUSY = (408, 429)
 TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 """Packages that bring bytes for the client, of its versions; their errors are not all OSErrors."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -81,7 +80,8 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
 
     With `cached_only` nobody is asked for it.
 
-    Raises Unreachable when the hub does not answer, PicogptError when it refuses, or serves another file.
+    Raises Unreachable when the hub does not answer, or answers that it does not give it; PicogptError when it serves
+    another file, or the disk takes none.
     """
     from huggingface_hub import constants, errors, hf_hub_download
 
@@ -120,7 +120,7 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
             404: " This hub does not have it: is HF_ENDPOINT right?",
         }
         message = f"the hub ({endpoint}) answers {status} to {where}.{hints.get(status, '')}"
-        raise (Unreachable if status >= 500 or status in BUSY else PicogptError)(message) from error
+        raise Unreachable(message) from error
     except (
         Exception
     ) as error:  # the disk is full, or the connection broke for good; Xet's errors are plain RuntimeErrors

@@ -22,6 +22,7 @@ RECORDS = ("results/records/**/*.json", "weights/*/{run}/record.json", "weights/
 PAGES = ("results/summary.csv", "results/report.md")
 # How the kinds of records begin that a whole run has.
 WHOLE = ("train char-bigram", "train char-transformer", "train gpt2", "ladder ", "evaluate gpt2 ", "sampling gpt2 ")
+STAGED = "results/.reference"
 PICTURES = ("media/*.png", "media/*.txt")
 
 
@@ -61,19 +62,25 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     lacking += [page for page in PAGES if not (root / page).exists()]
     if lacking:
         raise PicogptError(f"a reference is a whole run, and {root.resolve()} lacks {', '.join(lacking)}: make report")
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    # What was kept before goes when the new copy is whole.
+    shutil.rmtree(root / STAGED, ignore_errors=True)
+    new = root / STAGED / "results", root / STAGED / "media"
+    for folder in new:
         folder.mkdir(parents=True)
     for path, record in found.items():
-        shutil.copyfile(path, folders[0] / f"{record['kind'].replace(' ', '_')}.json")
+        shutil.copyfile(path, new[0] / f"{record['kind'].replace(' ', '_')}.json")
     for pattern in PICTURES:
         for path in sorted(root.glob(pattern)):
-            shutil.copyfile(path, folders[1] / path.name)
+            shutil.copyfile(path, new[1] / path.name)
     for page in PAGES:
         text = read_text(root / page).replace("](../media/", f"](../../../media/reference/{device}/")
-        write_text(folders[0] / Path(page).name, text)
-    for folder in folders:
-        _sum_up(folder)
+        write_text(new[0] / Path(page).name, text)
+    for source, folder in zip(new, folders, strict=True):
+        _sum_up(source)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(folder)
+    (root / STAGED).rmdir()
     return folders
 
 

@@ -2,7 +2,7 @@
 
 Arguments: run folder, tokens folder, settings as JSON (model, train), what else to do: none, die:STEP (rank 1 is
 killed there, once), die0:STEP (rank 0), nan:STEP (the loss of rank 1 is not a number), linger (slow steps),
-or compile (with torch.compile).
+compile (with torch.compile), or count (how often the ranks exchange gradients, into the file `exchanges`).
 """
 
 import gc
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from conftest import SMALL_RUNTIME
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from picogpt import cli
@@ -30,7 +31,17 @@ def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
     experiment = Experiment.model_validate({**json.loads(settings), "runtime": runtime})
     with joined("cpu") as world:
         trainer = Trainer(experiment, open_data(tokens), folder, world)
-        step = trainer._step
+        step, exchanges = trainer._step, []
+
+        def counted(module: torch.nn.Module) -> DistributedDataParallel:
+            wrapped = DistributedDataParallel(module)
+            wrapped.register_comm_hook(
+                None, lambda state, bucket: (exchanges.append(1), allreduce_hook(None, bucket))[1]
+            )
+            return wrapped
+
+        if kind == "count":
+            trainer._distributed = counted  # type: ignore[method-assign]
 
         def unlucky(index: int) -> torch.Tensor:
             if kind == "linger":
@@ -48,6 +59,8 @@ def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
 
         trainer._step = unlucky  # type: ignore[method-assign]
         trainer.run()
+        if kind == "count" and world.first:
+            Path(folder, "exchanges").write_text(str(len(exchanges)))
         # A wrapper that outlived the run would take the process group with it, and with that now and then this rank.
         assert not any(type(each) is DistributedDataParallel for each in gc.get_objects())
 

@@ -10,6 +10,8 @@ import pytest
 from picogpt import config
 from picogpt.cli import common
 from picogpt.data.assets import MIRROR_VARIABLE
+from picogpt.data.bpe import GPT2Tokenizer
+from picogpt.data.corpus import tokenize_chars, tokenize_gpt2
 
 
 def test_help_is_there_without_torch():
@@ -129,7 +131,7 @@ def train_command(*arguments: str) -> list[str]:
 
 
 def test_a_full_disk_ends_a_training_with_a_message_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path):
-    subprocess.run([sys.executable, "-m", "picogpt", "tokenize", "char", "--text", corpus], cwd=tmp_path, check=True)
+    tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
     # No file may grow beyond 4 KiB: the first checkpoint does not fit.
     command = [
         "bash",
@@ -149,7 +151,7 @@ def test_a_full_disk_ends_a_training_with_a_message_and_keeps_the_last_good_chec
 def test_a_second_training_in_the_same_folder_is_refused(corpus: Path, tmp_path: Path):
     from picogpt.files import locked
 
-    subprocess.run([sys.executable, "-m", "picogpt", "tokenize", "char", "--text", corpus], cwd=tmp_path, check=True)
+    tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
     with locked(tmp_path / "weights/char_bigram/a", "training"):
         run = subprocess.run(train_command("--steps", "5"), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (1, "")
@@ -157,7 +159,7 @@ def test_a_second_training_in_the_same_folder_is_refused(corpus: Path, tmp_path:
 
 
 def test_ctrl_c_ends_with_its_status_and_says_how_to_go_on(corpus: Path, tmp_path: Path):
-    subprocess.run([sys.executable, "-m", "picogpt", "tokenize", "char", "--text", corpus], cwd=tmp_path, check=True)
+    tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
     command = train_command("--steps", "1000000", "--set=runtime.log_interval=1")
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert "before training" in process.stderr.readline()
@@ -169,9 +171,8 @@ def test_ctrl_c_ends_with_its_status_and_says_how_to_go_on(corpus: Path, tmp_pat
     assert "Traceback" not in errors
 
 
-def test_a_stopped_run_without_a_name_says_which_name_goes_on(corpus: Path, tmp_path: Path, gpt2_resources: Path):
-    (tmp_path / "resources").symlink_to(gpt2_resources)
-    subprocess.run([sys.executable, "-m", "picogpt", "tokenize", "gpt2", "--text", corpus], cwd=tmp_path, check=True)
+def test_a_stopped_run_without_a_name_says_which_name_goes_on(corpus: Path, tmp_path: Path, gpt2: GPT2Tokenizer):
+    tokenize_gpt2([corpus], tmp_path / "weights/gpt2_tokenizer/t", gpt2, "words")
     small = ["--set=model.n_layer=1", "--set=model.n_head=1", "--set=model.n_embd=8", "--set=model.block_size=8"]
     command = [sys.executable, "-m", "picogpt", "train", "gpt2", "--steps", "1000000", *small]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:

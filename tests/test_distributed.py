@@ -85,8 +85,9 @@ def assert_same(folder: Path, alone: Path) -> None:
 
 
 def test_two_ranks_equal_one_with_accumulation(alone: Path, tokens_folder: Path, tmp_path: Path):
-    done = run(tmp_path, tokens_folder, 2, micro_batch_size=2)
+    done = run(tmp_path, tokens_folder, 2, "count", micro_batch_size=2)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "exchanges").read_text() == "20"  # once a step, though each has two micro-batches
     assert_same(tmp_path, alone)
     assert json.loads((tmp_path / "record.json").read_text())["ranks"] == 2
     assert done.stderr.count("before training") == 1  # one rank speaks

@@ -125,6 +125,27 @@ def test_columns_of_padding_take_no_part_in_the_loss():
     assert linear_cross_entropy(x, weight, torch.arange(4)).item() == pytest.approx(torch.tensor(65.0).log().item())
 
 
+def test_the_logits_of_the_whole_batch_are_never_held(monkeypatch: pytest.MonkeyPatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            made = function(*arguments, **(named or {}))
+            for tensor in made if isinstance(made, tuple | list) else [made]:
+                if isinstance(tensor, torch.Tensor):
+                    largest[0] = max(largest[0], tensor.numel())
+            return made
+
+    N, V, C = 512, 1024, 8
+    monkeypatch.setattr("picogpt.models.loss.LOGITS_BYTES", 64 * V * 4)
+    x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+    with Watch():
+        linear_cross_entropy(x, weight, torch.randint(V, (N,))).backward()
+    assert 32 * V <= largest[0] <= 64 * V
+
+
 def test_attention_in_blocks_in_bfloat16_is_as_exact_as_attention_written_out():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))

@@ -193,6 +193,16 @@ def test_the_command_refuses_what_it_cannot_measure(picogpt, box: Path, gpt2_tok
     assert not (tmp_path / "record.json").exists()
 
 
+def test_a_long_training_on_another_device_is_refused(picogpt, gpt2_tokens: TokenData, tmp_path: Path):
+    (tmp_path / "gpu.yaml").write_text(yaml.safe_dump({**MACHINE, "kind": "cuda"}))
+    sets = [f"--set={pair}" for pair in (*MODEL, "train.steps=2")]
+    run = picogpt(
+        "train", "gpt2", "--hardware", "gpu.yaml", "--run", "a", "--data", gpt2_tokens.train.path.parent, *sets
+    )
+    assert (run.status, "hardware gpu.yaml is box (cuda, .*), and this device is" in run.err) == (2, True), run.err
+    assert not list(tmp_path.glob("weights/gpt2/a/*/record.json"))
+
+
 def test_two_ranks_climb_together(gpt2_tokens: TokenData, tmp_path: Path):
     command = ["--hardware", "pair.yaml", "--rung", "fused_loss", "--data", str(gpt2_tokens.train.path.parent)]
     command += [f"--set={pair}" for pair in MODEL]
@@ -284,7 +294,20 @@ def test_reference_records_are_drawn_as_such(monkeypatch, climbed, tmp_path: Pat
     written = texts_of(monkeypatch)
     draw_throughput("a30", [], files, tmp_path / "a30.png")
     assert any("reference records, not measured in this run" in text for text in written)
+    assert any("on A30: B=4, T=16" in text for text in written)  # as measured, and not as the file of an A30 says
     assert any("NVIDIA A30, driver 570.1" in text for text in written)
+
+
+def test_a_rung_whose_loss_is_another_is_told(monkeypatch, climbed, box: Path, tmp_path: Path):
+    files = []
+    for rung in ("baseline", "flash"):
+        record = json.loads(json.dumps(climbed[rung]))
+        record["results"]["final_loss"] += 0.2 if rung == "flash" else 0
+        files.append(tmp_path / f"{rung}.json")
+        records.write(files[-1], record)
+    written = texts_of(monkeypatch)
+    draw_throughput(str(box), files, [], tmp_path / "box.png")
+    assert any("at most 0.2 nats, NOT all within" in text for text in written)
 
 
 def test_a_ladder_never_gets_a_rung_from_another_machine(climbed, tmp_path: Path):
@@ -313,6 +336,11 @@ def test_rungs_of_another_device_or_without_a_baseline_are_not_compared(
     with pytest.raises(
         PicogptError, match=r"ladder box flash was measured with device name .*, and ladder box baseline"
     ):
+        draw_throughput(str(box), [tmp_path / "baseline.json", tmp_path / "flash.json"], [], tmp_path / "box.png")
+    baseline["device"] = flash["device"]
+    baseline["config"]["hardware"]["batch_size"] = 8
+    records.write(tmp_path / "baseline.json", baseline)
+    with pytest.raises(PicogptError, match=r"measured with config hardware batch_size 4, and .* with 8"):
         draw_throughput(str(box), [tmp_path / "baseline.json", tmp_path / "flash.json"], [], tmp_path / "box.png")
 
 

@@ -109,6 +109,7 @@ SUBSTITUTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...]
     (r"(--nnodes=2 --nproc_per_node=)\d+", r"\g<1>1", "eight ranks on two cores take a minute to start"),
     (r"(snakemake) (--config corpus=my\.txt)$", r"\1 media/char_bigram_loss.png \2", "all of it takes minutes; test_workflow.py makes it"),
     (r"(--workflow-profile workflow/profiles/slurm)", r"\1 --dry-run", "wants a cluster; test_slurm.py starts one"),
+    (r"^(picogpt (?:bench )?sample (?!.* -n ).*)$", r"\1 -n 20", "500 tokens take a while, even of a small model"),
     (r"(--steps |train\.steps=)\d+", r"\g<1>2", "so many steps take minutes, even of a small model"),
 )  # fmt: skip
 
@@ -301,3 +302,11 @@ def test_a_wrong_command_is_found_out(text: str, message: str, tmp_path: Path, m
     monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
     with pytest.raises(AssertionError, match=message):
         run(Command(1, text))
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_every_file_that_a_page_shows_or_links_to_is_there(page: str):
+    text = (ROOT / page).read_text()
+    found = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    for link in found:
+        assert (ROOT / page).parent.joinpath(link.partition("#")[0]).exists(), link

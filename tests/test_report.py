@@ -8,6 +8,7 @@ from conftest import ROOT, small_experiment
 from picogpt.config import Experiment
 from picogpt.data import assets
 from picogpt.data.tokens import TokenData
+from picogpt.report import figures
 from picogpt.report.published import CORPUS, Number, compare, numbers, value_of
 from picogpt.train.loop import Trainer
 
@@ -152,3 +153,14 @@ def test_the_page_is_filled_in(picogpt, runs: Path, tmp_path: Path):
     run = picogpt("report", "page", "--template", "wrong.j2", *page, *samples)
     assert (run.status, "wrong.j2 cannot be filled in" in run.err) == (1, True)
     assert (tmp_path / "report.md").read_text() == text
+
+
+def test_a_published_loss_of_another_kind_is_no_validation_loss():
+    fineweb = {"name": "fineweb-edu", "text_sha256": "0" * 64, "train_tokens": 10, "val_tokens": 5}
+    run = {"kind": "train gpt2 h100x2", "results": {}, "corpus": fineweb}
+    assert [line[:2] for line in figures._references(run)] == [(6.5, "published, measured in another way: 6.5000")]
+    run = {"kind": "train char-transformer", "results": {}, "corpus": {**fineweb, "name": "words"}}
+    assert [line[1] for line in figures._references(run)] == [
+        "published, last validation (tinyshakespeare): 3.3808",
+        "published, best validation (tinyshakespeare): 2.2701",
+    ]

@@ -1,5 +1,7 @@
 import json
 import math
+import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import driver
 import numpy as np
 import pytest
 import torch
@@ -26,10 +29,15 @@ from picogpt.train.loop import Trainer
 CPU = Device("test", "cpu", "float32")
 
 
-def train_in_a_process(folder: Path, tokens: Path, death: str) -> int:
+def train_in_a_process(folder: Path, tokens: Path, death: str) -> int | None:
     """Exit status of tests/driver.py; negative: the signal that ended it."""
-    command = [sys.executable, Path(__file__).with_name("driver.py"), folder, tokens, death]
-    return subprocess.run(command, capture_output=True, check=False).returncode
+    # Forked from a process that has torch already: loading it takes longer than such a training.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["driver"])
+    process = processes.Process(target=driver.main, args=(str(folder), str(tokens), death))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def learned(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -79,8 +87,7 @@ def test_a_save_killed_between_write_and_rename_leaves_the_one_before(straight, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_at_the_next_step(straight, tokens_folder, tmp_path, number: signal.Signals):
-    driver = Path(__file__).with_name("driver.py")
-    command = [sys.executable, driver, tmp_path, tokens_folder, "linger:9"]
+    command = [sys.executable, driver.__file__, tmp_path, tokens_folder, "linger:9"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
@@ -234,6 +241,14 @@ def test_a_finished_run_is_not_repeated(straight: Path, tokens: TokenData):
     assert not (straight / "checkpoints").exists()
 
 
+def test_a_finished_run_without_its_weights_says_so(straight: Path, tokens: TokenData, tmp_path: Path):
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    (run / "best.pt").unlink()
+    with pytest.raises(PicogptError, match=r"run is finished, and its best\.pt is gone: .*--replace"):
+        Trainer(small_experiment(), tokens, run).run()
+    assert (run / "record.json").exists()
+
+
 def test_the_record_says_where_its_numbers_come_from(straight: Path, tokens: TokenData):
     record = records.read(straight / "record.json")
     assert record["corpus"] == tokens.corpus()
@@ -385,3 +400,31 @@ def test_a_step_that_is_to_be_skipped_changes_nothing(tokens: TokenData, tmp_pat
         now = trainer.model.state_dict()
         assert any(not torch.equal(now[name], tensor) for name, tensor in before.items()) == changed
         assert all(tensor.isfinite().all() for tensor in now.values())
+
+
+GPT2 = {"kind": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+
+
+def test_the_share_of_the_peak_is_the_rate_times_what_a_token_costs(tokens: TokenData, tmp_path: Path, monkeypatch):
+    experiment = Experiment.model_validate(
+        {"model": GPT2, "train": {"steps": 3, "batch_size": 2}, "runtime": SMALL_RUNTIME}
+    )
+    monkeypatch.setattr(loop.hardware, "peak_flops", lambda device: 1e9)
+    results = Trainer(experiment, tokens, tmp_path).run()["results"]
+    assert results["mfu"] == results["tokens_per_second"] * results["flops_per_token"] / 1e9
+
+
+def test_too_little_memory_says_what_needs_less(tokens: TokenData, tmp_path: Path):
+    experiment = Experiment.model_validate(
+        {"model": GPT2, "train": {"steps": 3, "batch_size": 6}, "runtime": SMALL_RUNTIME}
+    )
+    trainer = Trainer(experiment, tokens, tmp_path)
+
+    def hungry(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    trainer.forward = hungry
+    with pytest.raises(
+        PicogptError, match=r"too little memory for 6 sequences at once: --set train\.micro_batch_size=3"
+    ):
+        trainer.run()

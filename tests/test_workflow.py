@@ -68,12 +68,13 @@ ARTIFACTS = (
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
-    """Snakemake on the workflow of this source tree, working in `folder`."""
+    """Snakemake on the workflow of this source tree, or of the copy in `folder`, working in `folder`."""
+    tree = folder / "source" if (folder / "source").exists() else ROOT
     return [
         str(SNAKEMAKE),
         *arguments,
-        "--snakefile", str(ROOT / "workflow/Snakefile"),
-        "--workflow-profile", str(ROOT / "workflow/profiles/default"),
+        "--snakefile", str(tree / "workflow/Snakefile"),
+        "--workflow-profile", str(tree / "workflow/profiles/default"),
         "--directory", str(folder),
         "--configfile", str(folder / "small.yaml"),
     ]  # fmt: skip
@@ -102,8 +103,10 @@ def configure(folder: Path, **change: object) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A folder where the pipeline has run on the user's own text."""
+    """A folder where the pipeline has run on the user's own text, from a copy of its files that tests may change."""
     folder = tmp_path_factory.mktemp("pipeline")
+    for part in ("config", "workflow"):
+        shutil.copytree(ROOT / part, folder / "source" / part)
     configure(folder, corpus=str(corpus))
     run = snakemake(folder)
     assert run.returncode == 0, run.stderr
@@ -276,6 +279,29 @@ def test_a_changed_value_runs_what_depends_on_it(finished: Path, corpus: Path, c
     configure(finished, corpus=str(corpus))
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("models/char_bigram.yaml", "learning_rate: 0.07", "learning_rate: 0.05", {"train", "sample", "loss_curve", "summary", "page", "bench_weights"}),
+        ("models/char_bigram.yaml", "log_interval: 10", "log_interval: 20", set()),
+        ("published.yaml", "published: 2.487851", "published: 2.5", {"loss_curve", "loss_curve_gpt2", "throughput", "summary", "page"}),
+    ],
+    ids=["settings of a model", "runtime of a model", "published"],
+)  # fmt: skip
+def test_a_value_changed_in_a_file_runs_what_depends_on_it(
+    finished: Path, file: str, old: str, new: str, expected: set[str]
+):
+    path = finished / "source/config" / file
+    text, times = path.read_text(), (path.stat().st_atime, path.stat().st_mtime)
+    assert old in text
+    try:
+        path.write_text(text.replace(old, new))
+        assert jobs(snakemake(finished, "-n")) == expected
+    finally:
+        path.write_text(text)
+        os.utime(path, times)
+
+
 def test_where_openais_weights_are_here_the_page_shows_them(finished: Path):
     """Records as `evaluate` and `bench sample` write them where the weights are in the cache; test_pretrained.py makes such."""
     folder = Path(shutil.copytree(finished, finished.with_name("copy")))  # as far from the source tree as the first
@@ -298,7 +324,7 @@ def test_the_pretrained_rows_join_once_the_hub_answers(finished: Path):
         run = snakemake(finished, "-n", HF_ENDPOINT=answering.address)
         assert jobs(run) == {"fetch_pretrained", "evaluate", "bench_sampling", "bench_weights", "summary", "page"}
         # It answered, and yet it did not give the file: the next run tries again.
-        answering.status = 501
+        answering.status = 404
         target = ["results/records/evaluate_gpt2-pretrained_int8.json"]
         tried = snakemake(finished, *target, HF_ENDPOINT=answering.address)
         assert tried.returncode == 0, tried.stderr

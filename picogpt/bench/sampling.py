@@ -63,7 +63,7 @@ def measure(
             advance(1)
     return {
         **provenance,
-        "kind": f"sampling {kind} {dtype}" + (" streams" if batch_size > 1 else ""),
+        "kind": f"sampling {kind} {dtype if batch_size == 1 else 'streams'}",
         "corpus": {},
         "config": {
             "model": model.config.model_dump(),

@@ -41,6 +41,7 @@ def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
     if as_json:
         here = {
             "size": machine.size_of_machine(),
+            "dtype": "bfloat16" if machine.multiplies_bfloat16(machines.here()[0]) else "float32",
             "gpus": len(machine.nvidia_gpus()),
             "fits": machines.fitting(),
             "machines": {name: settings.model_dump(mode="json") for name, settings in known.items()},

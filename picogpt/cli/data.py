@@ -73,6 +73,8 @@ def fetch(
         return
     if out and len(names) > 1 and not first:
         raise UsageError("--out takes one file: name one asset, or pass --first")
+    if first and (from_hub := [name for name in names if _hub_file(name)]):
+        raise UsageError(f"--first chooses among files of config/assets.yaml, and {from_hub[0]} comes from the hub")
     fetched = [assets.fetch_first(names, folder)] if first else [(name, _fetch(name, folder)) for name in names]
     for name, path in fetched:
         click.echo(f"{name}: {path}")

@@ -42,10 +42,23 @@ def initial(experiment: Experiment, vocab_size: int) -> LanguageModel:
 
     Raises PicogptError when OpenAI's weights cannot be had, UsageError when there are none of that shape.
     """
-    if experiment.train.init == "scratch":
+    name = source(experiment, vocab_size)
+    if name == "scratch":
         return build(experiment.model, vocab_size, experiment.train.seed)
+    from picogpt.models import pretrained
+
+    return pretrained.load_for(name, experiment.model, vocab_size)
+
+
+def source(experiment: Experiment, vocab_size: int) -> str:
+    """Where training finds the weights: scratch, or the name of OpenAI's. Nobody is asked for them here.
+
+    Raises UsageError when there are none of that shape.
+    """
+    if experiment.train.init == "scratch":
+        return "scratch"
     from picogpt.models import pretrained  # a client of the hub, which nothing else needs
 
     if not isinstance(experiment.model, GPT2Config):
         raise UsageError(f"train.init=pretrained: there are pretrained weights of gpt2, not of {experiment.model.kind}")
-    return pretrained.load_for(experiment.model, vocab_size)
+    return pretrained.name_for(experiment.model, vocab_size)

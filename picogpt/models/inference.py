@@ -11,6 +11,8 @@ from picogpt.models.gpt2 import GPT2
 
 FEW_ROWS = 4
 """Up to so many rows the kernel that multiplies bytes is faster than turning them into bfloat16 first."""
+WIDENED = 1 << 19
+"""Weights widened at once: as float32, two megabytes."""
 
 
 class Int8Linear(nn.Module):
@@ -76,7 +78,13 @@ def bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if len(x) <= FEW_ROWS or hardware.multiplies_bfloat16(x.device.type):
         return F.linear(x, weight)
-    return F.linear(x.float(), weight.float()).bfloat16()
+    rows = x.float()
+    # Piece by piece, so that what is widened is used while a cache has it.
+    y = x.new_empty(len(x), len(weight))
+    size = max(1, WIDENED // weight.size(1))
+    for part, out in zip(weight.split(size), y.split(size, dim=1), strict=True):
+        out.copy_(F.linear(rows, part.float()))
+    return y
 
 
 def specialize(model: GPT2, layer: type[Int8Linear] | type[PackedLinear] | type[Bfloat16Linear]) -> GPT2:

@@ -27,16 +27,18 @@ def load(name: str, path: Path | None = None) -> GPT2:
     return load_safetensors(path or hub.fetch(name), hub.registry()[name].config(), VOCAB_SIZE)
 
 
-def load_for(config: GPT2Config, vocab_size: int) -> GPT2:
-    """The pretrained model of the shape of `config`, with its dropout, to be trained on.
+def load_for(name: str, config: GPT2Config, vocab_size: int) -> GPT2:
+    """The pretrained model `name`, with the dropout of `config`, to be trained on. Raises as `hub.fetch`."""
+    model = load_safetensors(hub.fetch(name), config, vocab_size)
+    model.train()
+    return model
 
-    Raises UsageError when OpenAI published none of that shape; and as `hub.fetch`.
-    """
+
+def name_for(config: GPT2Config, vocab_size: int) -> str:
+    """The name of the pretrained model of the shape of `config`. Raises UsageError when OpenAI published none."""
     for name, asset in hub.registry().items():
         if asset.config() == config.model_copy(update={"dropout": 0.0}) and vocab_size == VOCAB_SIZE:
-            model = load_safetensors(hub.fetch(name), config, vocab_size)
-            model.train()
-            return model
+            return name
     sizes = "; ".join(f"{a.parameters}: {a.n_layer}, {a.n_head}, {a.n_embd}" for a in hub.registry().values())
     raise UsageError(
         f"no pretrained weights fit n_layer={config.n_layer}, n_head={config.n_head}, n_embd={config.n_embd},"

@@ -8,7 +8,7 @@ from typing import Any
 
 from picogpt import records
 from picogpt.files import atomic_write
-from picogpt.report.published import CORPUS, on_published_corpus, published
+from picogpt.report.published import CORPUS, numbers, on_published_corpus
 
 # Okabe and Ito's palette, told apart by colour-blind readers; and grey for what is not ours.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
@@ -70,7 +70,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
             loc="lower left", bbox_to_anchor=(0.005, 0.055), ncols=4, fontsize=9.5, columnspacing=1.6,
         )  # fmt: skip
         figure.suptitle(_title(record), x=0.012, ha="left", fontweight="bold")
-        figure.text(0.012, 0.018, _caption(record), fontsize=8, color=GREY)
+        figure.text(0.012, 0.018, _caption(record), fontsize=9, color=GREY)
         figure.tight_layout(rect=(0, 0.17, 1, 1))
         save(figure, out)
 
@@ -107,16 +107,22 @@ def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int
     floor = record["results"].get("closed_form_train_loss")
     if floor is not None:
         lines.append((floor, f"floor of training, pair counts: {floor:.4f}", GREEN, (2, 1)))
-    values = published(record["kind"])
-    where = "" if on_published_corpus(record) else f" ({CORPUS})"
+    on_corpus = on_published_corpus(record)
     names = {
         "train_loss_after": ("published, training", (8, 3)),
         "val_loss_after": ("published, last validation", (5, 3)),
         "best_val_loss": ("published, best validation", (3, 2)),
     }
+    known = {number.key: number for number in numbers() if number.record == record["kind"]}
     for key, (name, dashes) in names.items():
-        if key in values:
-            lines.append((values[key], f"{name}{where}: {values[key]:.4f}", GREY, dashes))
+        number = known.get(key)
+        if number is None or number.published is None:
+            continue
+        if not number.comparable:
+            name = "published, measured in another way"
+        elif number.on_corpus and not on_corpus:
+            name += f" ({CORPUS})"
+        lines.append((number.published, f"{name}: {number.published:.4f}", GREY, dashes))
     return lines
 
 

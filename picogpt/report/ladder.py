@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+from picogpt.config import MachineConfig
 from picogpt.errors import PicogptError
 
 LOSS_TOLERANCE = 0.05
 """Nats by which the last loss of a rung may differ from the baseline's: the same training, rounded otherwise."""
+
+
+SAME = (
+    ("device", "name"), ("device", "cores"), ("corpus", "text_sha256"),
+    ("config", "model"), ("config", "hardware", "batch_size"), ("config", "hardware", "block_size"),
+)  # fmt: skip
+"""What all rungs of a ladder share: where it stands in their records."""
 
 
 def kind(hardware: str, rung: str) -> str:
@@ -33,7 +42,7 @@ def compare_with_baselines(by_kind: Mapping[str, dict[str, Any]]) -> None:
 
     speedup: tokens/s over the baseline's. loss_difference: last loss less the baseline's, nats. Both None without one.
 
-    Raises PicogptError when a rung was measured on another device, text or model than its baseline.
+    Raises PicogptError when a rung was measured on another device, text, model or batch than its baseline.
     """
     for name, record in by_kind.items():
         machine = machine_of(name)
@@ -50,12 +59,21 @@ def compare_with_baselines(by_kind: Mapping[str, dict[str, Any]]) -> None:
             results["loss_difference"] = results["final_loss"] - baseline["final_loss"]
 
 
+def shape(machine: MachineConfig, rungs: Mapping[str, dict[str, Any]]) -> tuple[int, int]:
+    """(sequences of a step, tokens of each) as they were measured; of the machine's file where nothing was."""
+    measured = next((record["config"]["hardware"] for record in rungs.values()), None)
+    if measured is None:
+        return machine.batch_size, machine.block_size
+    return measured["batch_size"], measured["block_size"]
+
+
 def _require_same(record: dict[str, Any], baseline: dict[str, Any]) -> None:
-    for part, keys in {"device": ("name", "cores"), "corpus": ("text_sha256",), "config": ("model",)}.items():
-        for key in keys:
-            ours, theirs = record[part].get(key), baseline[part].get(key)
-            if ours != theirs:
-                raise PicogptError(
-                    f"{record['kind']} was measured with {part} {key} {ours}, and {baseline['kind']} with {theirs}:"
-                    " a ladder is one machine's; measure it again as a whole (delete its folder in results/records/ladder/)"
-                )
+    for place in SAME:
+        ours, theirs = (
+            functools.reduce(lambda part, key: (part or {}).get(key), place, it) for it in (record, baseline)
+        )
+        if ours != theirs:
+            raise PicogptError(
+                f"{record['kind']} was measured with {' '.join(place)} {ours}, and {baseline['kind']} with {theirs}:"
+                " a ladder is one machine's; measure it again as a whole (delete its folder in results/records/ladder/)"
+            )

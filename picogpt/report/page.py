@@ -44,7 +44,11 @@ def write_page(
         name = machines.name_of(argument)
         here = ladder.of(name, by_kind)
         rungs = here or ladder.of(name, references)
-        ladders.append({"name": name, "machine": machines.load(argument), "rungs": rungs, "here": bool(here)})
+        machine = machines.load(argument)
+        batch, block = ladder.shape(machine, rungs)
+        ladders.append(
+            {"name": name, "machine": machine, "rungs": rungs, "here": bool(here), "batch": batch, "block": block}
+        )
     try:
         page = environment.from_string(read_text(template)).render(
             sections={name: list(group) for name, group in groupby(rows, key=lambda row: row["section"])},

@@ -61,6 +61,6 @@ def draw_data_scaling(record_file: Path, out: Path) -> None:
             f"{device['name']}, {device['cores']} cores; medians, and fastest and slowest of {config['runs']} runs;"
             f" simulated shards of {config['shard_tokens']:,} tokens; {record['created'][:10]}"
         )
-        figure.text(0.012, 0.018, caption, fontsize=8, color=GREY)
+        figure.text(0.012, 0.018, caption, fontsize=9, color=GREY)
         figure.tight_layout(rect=(0, 0.04, 1, 1))
         save(figure, out)

@@ -69,7 +69,7 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
                     zorder=5,
                 )  # fmt: skip
             words = _amount(bars[rung], machine) if rung in bars else f"{mark:g}x" if mark else ""
-            axes.text(max(end, mark or 0) + 0.015 * longest, place, words, va="center", fontsize=9.5)
+            axes.text(max(end, mark or 0) + 0.015 * longest, place, words, va="center", fontsize=10)
         if target and first:
             axes.axvline(target / first["tokens_per_second"], color=VERMILION, linestyle=(0, (4, 2)), linewidth=1.4)
         axes.set_yticks(range(len(machine.rungs)), [LABELS[rung] for rung in machine.rungs])
@@ -80,11 +80,12 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
         axes.tick_params(axis="y", length=0)
         if not bars:
             _say_so(axes, bool(measured), any(marks.values()), target)
-        title = _title(machine, next((bar["parameters"] for bar in bars.values()), GPT2_124M))
+        parameters = next((bar["parameters"] for bar in bars.values()), GPT2_124M)
+        title = _title(machine.title, parameters, *ladder.shape(machine, measured))
         figure.text(0.012, 1 - 0.12 / height, title, fontsize=13, va="top", fontweight="bold")
         subtitle = _subtitle(bool(here), measured, bars, any(marks.values()), target)
         figure.text(0.012, 1 - 0.42 / height, subtitle, fontsize=9.5, color=GREY, va="top")
-        figure.text(0.012, 0.1 / height, _caption(measured, list(bars.values())), fontsize=8, color=GREY, va="bottom")
+        figure.text(0.012, 0.1 / height, _caption(measured, list(bars.values())), fontsize=9, color=GREY, va="bottom")
         figure.tight_layout(rect=(0, 0.42 / height, 1, 1 - 0.6 / height))
         save(figure, out)
 
@@ -116,9 +117,9 @@ def _say_so(axes: Any, measured: bool, marks: bool, target: float | None) -> Non
     )  # fmt: skip
 
 
-def _title(machine: MachineConfig, parameters: int) -> str:
+def _title(machine: str, parameters: int, batch_size: int, block_size: int) -> str:
     size = f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"of {parameters:,} parameters"
-    return f"Training GPT-2 {size} on {machine.title}: B={machine.batch_size}, T={machine.block_size}"
+    return f"Training GPT-2 {size} on {machine}: B={batch_size}, T={block_size}"
 
 
 def _subtitle(

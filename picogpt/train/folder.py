@@ -49,9 +49,14 @@ class RunFolder:
             return None
         try:
             record = records.read(path)
-            if record.get("fingerprint") == self.fingerprint and (self.path / "best.pt").exists():
-                shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed just before its end
-                return record
+            if record.get("fingerprint") == self.fingerprint:
+                if (self.path / "best.pt").exists():
+                    shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed just before its end
+                    return record
+                if not replace:
+                    raise PicogptError(
+                        f"{self.path} is finished, and its best.pt is gone: bring it back, or --replace trains again"
+                    )
         except PicogptError as error:
             if not replace:
                 raise

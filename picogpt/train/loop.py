@@ -101,7 +101,8 @@ class Trainer:
         # On a GPU reading a loss would wait for it; there losses are read where a line is logged.
         self.reads_each_loss = self.device.kind != "cuda" or self.config.optimizer == "muon"
 
-        model = self.world.first_before_others(lambda: models.initial(experiment, data.vocab_size))
+        models.source(experiment, data.vocab_size)  # OpenAI's weights are asked for when there is nothing to go on from
+        model = models.build(experiment.model, data.vocab_size, self.config.seed)
         self.model = model.to(self.device.torch_name)
         self.optimizer = Optimizer(self.model, self.config, self.total_steps)
         # The raw module is the one that is evaluated, sampled and saved; the others share its weights.
@@ -345,6 +346,9 @@ class Trainer:
             checkpoint.load_tensors(self.model, state["model"], self.folder.last)
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
+        elif self.config.init == "pretrained":
+            model = self.world.first_before_others(lambda: models.initial(self.experiment, self.data.vocab_size))
+            self.model.load_state_dict(model.state_dict())
         self.progress.sessions += 1
         self.world.from_first(lambda: self.folder.cut_metrics(self.progress.step))
 

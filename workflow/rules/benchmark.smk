@@ -64,11 +64,12 @@ rule bench_sampling:
         cpus_per_task=CPUS,
     params:
         model=lambda wildcards: gpt2_arguments(wildcards.gpt2),
+        dtype="{dtype}",
         tokens=config["gpt2"]["throughput_tokens"],
         runs=config["gpt2"]["throughput_runs"],
     shell:
         "picogpt bench sample {params.model:q}"
-        " --dtype {wildcards.dtype}"
+        " --dtype {params.dtype}"
         " -n {params.tokens}"
         " --runs {params.runs}"
         " --out {output:q}"
@@ -80,14 +81,12 @@ use rule bench_sampling as bench_sampling_streams with:
         ckpt=f"{GPT2}/best.pt",
         ranks="resources/gpt2.tiktoken",
     output:
-        "results/records/sampling_{gpt2}_{dtype}_streams.json",
+        "results/records/sampling_gpt2_streams.json",
     log:
-        "logs/bench_sampling_{gpt2}_{dtype}_streams.log",
+        "logs/bench_sampling_gpt2_streams.log",
     params:
-        model=lambda wildcards: [
-            *gpt2_arguments(wildcards.gpt2),
-            f"--batch-size={config['gpt2']['throughput_streams']}",
-        ],
+        model=[*gpt2_arguments("gpt2"), f"--batch-size={config['gpt2']['throughput_streams']}"],
+        dtype=FAST_DTYPE,
         tokens=config["gpt2"]["throughput_tokens"],
         runs=config["gpt2"]["throughput_runs"],
 

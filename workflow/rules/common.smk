@@ -81,6 +81,15 @@ def hub_state():
     return f"reachable, after {status.stat().st_mtime:.0f}" if lines else "reachable"
 
 
+def what_is_here():
+    """What this machine is, and all machines' settings. A job on a cluster is told what the pipeline found that sent it."""
+    known = os.environ.get("PICOGPT_HERE", "")
+    if not (workflow.remote_exec and known):
+        known = picogpt("hardware", "--json", *([] if ASKED == "auto" else ASKED))
+        os.environ["PICOGPT_HERE"] = known
+    return json.loads(known)
+
+
 def refuse_auto():
     """The machine that submits jobs to a cluster cannot speak for those that run them."""
     asked = {"size": config["size"], "gpus": config["gpus"], "ladder: hardware": config["ladder"]["hardware"]}
@@ -154,8 +163,9 @@ def deciding(path):
 
 # What is here: which settings of a model fit it, how many GPUs, which files of config/hardware/; and all those files.
 ASKED = config["ladder"]["hardware"]
-HERE = json.loads(picogpt("hardware", "--json", *([] if ASKED == "auto" else ASKED)))
+HERE = what_is_here()
 SIZE = HERE["size"] if config["size"] == "auto" else config["size"]
+FAST_DTYPE = "bfloat16" if SIZE == "gpu" else HERE["dtype"]
 CORPUS = corpus_name()
 GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
 # Several GPUs: one rank each. A plain command on one device.

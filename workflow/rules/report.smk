@@ -20,7 +20,7 @@ RECORDS = [
         gpt2=["gpt2", "gpt2-pretrained"],
         dtype=config["gpt2"]["dtypes"],
     ),
-    "results/records/sampling_gpt2_bfloat16_streams.json",
+    "results/records/sampling_gpt2_streams.json",
     "results/records/weights.json",
     "results/records/data.json",
     *(path for name in MEASURED for path in ladder_records(name)),
