@@ -23,6 +23,10 @@ class Unreachable(PicogptError):
     """No source of an asset answered; another asset may still be had."""
 
 
+class Refused(Unreachable):
+    """A source answered that it does not give the asset, and would answer so again."""
+
+
 class Interrupted(PicogptError):
     """A signal asked for a stop and everything needed to go on has been saved."""
 

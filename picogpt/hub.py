@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from picogpt.config import GPT2Config, Settings, config_folder, parse, read_yaml
-from picogpt.errors import PicogptError, Unreachable, innermost
+from picogpt.errors import PicogptError, Refused, Unreachable, innermost
 from picogpt.files import sha256_file
 
 FILE = "model.safetensors"
@@ -120,7 +120,7 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
             404: " This hub does not have it: is HF_ENDPOINT right?",
         }
         message = f"the hub ({endpoint}) answers {status} to {where}.{hints.get(status, '')}"
-        raise Unreachable(message) from error
+        raise (Refused if status in hints else Unreachable)(message) from error
     except (
         Exception
     ) as error:  # the disk is full, or the connection broke for good; Xet's errors are plain RuntimeErrors

@@ -15,6 +15,9 @@ from picogpt.errors import PicogptError
 from picogpt.files import read_text, write_text
 
 SCHEMA_VERSION = 1
+HUB_UNREACHABLE = "hub unreachable"
+"""Why a number of OpenAI's weights is missing."""
+SOURCE = ("picogpt", "config", "workflow")
 NOT_SOURCE = (":!results/reference", ":!media/reference")
 REQUIRED = ("schema_version", "kind", "created", "device", "software", "commit", "dirty", "corpus", "config", "results")
 
@@ -53,7 +56,7 @@ def unreachable(kind: str, reason: str) -> dict[str, Any]:
         "kind": kind,
         "corpus": {},
         "config": {},
-        "not_measured": "hub unreachable",
+        "not_measured": HUB_UNREACHABLE,
         "reason": reason,
         "results": {},
     }
@@ -110,7 +113,7 @@ def _version(package: str) -> str | None:
 def commit() -> tuple[str | None, bool | None]:
     """Commit of the source tree and whether files differ from it; (None, None) outside a git checkout.
 
-    The reference records are results, not source: they may differ.
+    The reference records are results, not source: they may differ. Nor do files outside SOURCE count that git does not know.
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
@@ -121,6 +124,7 @@ def commit() -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", *NOT_SOURCE))
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_SOURCE)
+        return git("rev-parse", "HEAD"), bool(changed or git("status", "--porcelain", "--", *SOURCE))
     except (OSError, subprocess.SubprocessError):
         return None, None

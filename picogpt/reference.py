@@ -22,8 +22,6 @@ RECORDS = ("results/records/**/*.json", "weights/*/{run}/record.json", "weights/
 PAGES = ("results/summary.csv", "results/report.md")
 # How the kinds of records begin that a whole run has.
 WHOLE = ("train char-bigram", "train char-transformer", "train gpt2", "ladder ", "evaluate gpt2 ", "sampling gpt2 ")
-STAGED = "results/.reference"
-PICTURES = ("media/*.png", "media/*.txt")
 
 
 def keep(root: Path, run: str) -> tuple[Path, Path]:
@@ -63,24 +61,22 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     if lacking:
         raise PicogptError(f"a reference is a whole run, and {root.resolve()} lacks {', '.join(lacking)}: make report")
     # What was kept before goes when the new copy is whole.
-    shutil.rmtree(root / STAGED, ignore_errors=True)
-    new = root / STAGED / "results", root / STAGED / "media"
+    new = root / "results/.reference", root / "media/.reference"
     for folder in new:
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     for path, record in found.items():
         shutil.copyfile(path, new[0] / f"{record['kind'].replace(' ', '_')}.json")
-    for pattern in PICTURES:
-        for path in sorted(root.glob(pattern)):
-            shutil.copyfile(path, new[1] / path.name)
     for page in PAGES:
-        text = read_text(root / page).replace("](../media/", f"](../../../media/reference/{device}/")
-        write_text(new[0] / Path(page).name, text)
+        text = read_text(root / page)
+        for name in sorted(set(re.findall(r"\]\(\.\./media/([^)]+)\)", text))):  # of this run, whatever else lies there
+            shutil.copyfile(root / "media" / name, new[1] / name)
+        write_text(new[0] / Path(page).name, text.replace("](../media/", f"](../../../media/reference/{device}/"))
     for source, folder in zip(new, folders, strict=True):
         _sum_up(source)
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         source.rename(folder)
-    (root / STAGED).rmdir()
     return folders
 
 

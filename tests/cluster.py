@@ -53,7 +53,7 @@ PreemptMode=REQUEUE
 FirstJobId={first_job}
 # So long that a machine with much else to do does not meet them.
 MinJobAge=3600
-KillWait=120
+KillWait=60
 MessageTimeout=100
 TCPTimeout=30
 BatchStartTimeout=300
@@ -152,7 +152,7 @@ def running(folder: Path, partitions: dict[str, tuple[str, ...]], urgent: str) -
     ]
     configuration = CONFIGURATION.format(
         host=host, ports=ports, folder=folder, nodes="\n".join(lines), partitions="\n".join(parts),
-        first_job=random.randrange(1, 15000),
+        first_job=random.randrange(1, 9000),
     )  # fmt: skip
     (folder / "slurm.conf").write_text(configuration)
     (folder / "gres.conf").write_text("".join(f"Name=gpu Type=h100 File={device}\n" for device in DEVICES))
@@ -212,6 +212,13 @@ def wait_for(condition, what: str, cluster: Cluster, needed: subprocess.Popen | 
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {LONGEST_S} s\n{cluster.logs()}")
         time.sleep(0.3)
+
+
+def birth(process: int) -> str | None:
+    """When a process began, in the kernel's ticks; None where there is none of this number."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
 
 
 def stop(process: subprocess.Popen) -> None:

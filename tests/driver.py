@@ -17,7 +17,8 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: str, tokens: str, death: str) -> None:
+def main() -> None:
+    folder, tokens, death = sys.argv[1:]
     trainer = Trainer(small_experiment(), open_data(tokens), folder)
     place, _, number = death.partition(":")
     if place == "step":
@@ -57,4 +58,4 @@ def main(folder: str, tokens: str, death: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

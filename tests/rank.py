@@ -25,7 +25,7 @@ from picogpt.train.distributed import joined
 from picogpt.train.loop import Trainer
 
 
-def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
+def train(folder: str, tokens: str, settings: str, misfortune: str) -> None:
     kind, _, number = misfortune.partition(":")
     runtime = {**SMALL_RUNTIME, "compile": "auto" if kind == "compile" else "off"}
     experiment = Experiment.model_validate({**json.loads(settings), "runtime": runtime})
@@ -65,6 +65,10 @@ def main(folder: str, tokens: str, settings: str, misfortune: str) -> None:
         assert not any(type(each) is DistributedDataParallel for each in gc.get_objects())
 
 
-if __name__ == "__main__":
-    cli.cli = lambda standalone_mode: main(*sys.argv[1:])  # errors as the command line tells them
+def main() -> None:
+    cli.cli = lambda standalone_mode: train(*sys.argv[1:])  # errors as the command line tells them
     cli.main()
+
+
+if __name__ == "__main__":
+    main()

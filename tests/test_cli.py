@@ -148,14 +148,14 @@ def test_a_full_disk_ends_a_training_with_a_message_and_keeps_the_last_good_chec
     assert left <= {"metrics.jsonl"}
 
 
-def test_a_second_training_in_the_same_folder_is_refused(corpus: Path, tmp_path: Path):
+def test_a_second_training_in_the_same_folder_is_refused(picogpt, corpus: Path, tmp_path: Path):
     from picogpt.files import locked
 
     tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
     with locked(tmp_path / "weights/char_bigram/a", "training"):
-        run = subprocess.run(train_command("--steps", "5"), cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (1, "")
-    assert "another process is training in weights/char_bigram/a" in run.stderr
+        run = picogpt(*train_command("--steps", "5")[3:])
+    assert (run.status, run.out) == (1, "")
+    assert "another process is training in weights/char_bigram/a" in run.err
 
 
 def test_ctrl_c_ends_with_its_status_and_says_how_to_go_on(corpus: Path, tmp_path: Path):
@@ -171,7 +171,9 @@ def test_ctrl_c_ends_with_its_status_and_says_how_to_go_on(corpus: Path, tmp_pat
     assert "Traceback" not in errors
 
 
-def test_a_stopped_run_without_a_name_says_which_name_goes_on(corpus: Path, tmp_path: Path, gpt2: GPT2Tokenizer):
+def test_a_stopped_run_without_a_name_says_which_name_goes_on(
+    picogpt, corpus: Path, tmp_path: Path, gpt2: GPT2Tokenizer
+):
     tokenize_gpt2([corpus], tmp_path / "weights/gpt2_tokenizer/t", gpt2, "words")
     small = ["--set=model.n_layer=1", "--set=model.n_head=1", "--set=model.n_embd=8", "--set=model.block_size=8"]
     command = [sys.executable, "-m", "picogpt", "train", "gpt2", "--steps", "1000000", *small]
@@ -182,9 +184,8 @@ def test_a_stopped_run_without_a_name_says_which_name_goes_on(corpus: Path, tmp_
     assert process.returncode == 143
     (folder,) = (tmp_path / "weights/gpt2").iterdir()
     assert f"the same command with --run {folder.name} goes on from there" in errors
-    again = [*command[:6], "4", "--run", folder.name, *small]  # another number of steps: other settings, not a new run
-    run = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (run.returncode, "holds a run of other settings" in run.stderr) == (1, True)
+    again = picogpt(*command[3:6], "4", "--run", folder.name, *small)  # other settings, not a new run
+    assert (again.status, "holds a run of other settings" in again.err) == (1, True)
 
 
 def test_memory_that_runs_out_is_a_message(picogpt, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import hub as hub_server
 import numpy as np
 import pyarrow as pa
@@ -519,15 +520,14 @@ def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
     (folder / "small.yaml").write_text(yaml.safe_dump(settings))
 
     def snakemake(*arguments: str, endpoint: str = "http://127.0.0.1:9") -> subprocess.CompletedProcess[str]:
-        command = [
-            str(SNAKEMAKE), *arguments,
+        options = [
             "--snakefile", str(tree / "workflow/Snakefile"),
             "--workflow-profile", str(tree / "workflow/profiles/default"),
             "--directory", str(folder),
             "--configfile", str(folder / "small.yaml"),
         ]  # fmt: skip
         environment = {"PYTHONPATH": str(tree), "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder / "hub")}
-        return subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, **environment})
+        return forked.run("snakemake", *arguments, *options, env={**os.environ, **environment})
 
     assert "fetch_fineweb" not in planned(snakemake("-n"))  # it cannot be had: the report will say so
     with hub_server.running() as hub:

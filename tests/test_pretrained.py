@@ -19,7 +19,7 @@ from picogpt import hub as hub_client
 from picogpt import models
 from picogpt.config import GPT2Config
 from picogpt.data.bpe import GPT2Tokenizer
-from picogpt.errors import PicogptError, Unreachable, UsageError
+from picogpt.errors import PicogptError, Refused, Unreachable, UsageError
 from picogpt.export import export_folder
 from picogpt.models import pretrained
 from picogpt.models.gpt2 import GPT2
@@ -147,8 +147,9 @@ def test_a_refusal_says_what_to_do(hub: Hub, monkeypatch, status: int, message: 
     """And is no more than that: a pipeline goes on without it."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before it asks again
     hub.status = status
-    with pytest.raises(Unreachable, match=message):
+    with pytest.raises(Unreachable, match=message) as refused:
         hub_client.fetch("pretrained")
+    assert isinstance(refused.value, Refused) == (status != 429)
 
 
 def test_the_names_on_the_command_line_are_those_of_the_registry():
@@ -189,6 +190,12 @@ def test_the_commands(hub: Hub, picogpt, gpt2_resources: Path, tmp_path: Path, c
     tuned = json.loads((tmp_path / "weights/gpt2/tuned/long/record.json").read_text())
     assert tuned["config"]["train"]["init"] == "pretrained"
     assert tuned["results"]["val_loss_after"] < tuned["results"]["val_loss_before"]
+    tune[tune.index("tuned")] = "worse"
+    assert picogpt(*tune, "--set=train.learning_rate=3").status == 0
+    worse = json.loads((tmp_path / "weights/gpt2/worse/long/record.json").read_text())["results"]
+    assert worse["val_loss_after"] > worse["val_loss_before"] == worse["best_val_loss"]
+    assert worse["best_step"] == 0
+    tune[tune.index("worse")] = "tuned"
     # What is finished, or can be gone on from, asks nobody for OpenAI's weights again.
     shutil.rmtree(tmp_path / "cache")
     hub.status = 404

@@ -35,6 +35,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(records, "commit", lambda: (COMMIT, False))
     (tmp_path / "media").mkdir()
     (tmp_path / "media/gpt2_cpu_throughput.png").write_bytes(b"a picture")
+    (tmp_path / "media/gpt2_mine_loss.png").write_bytes(b"a picture of another run")
     records.write(tmp_path / "weights/gpt2/pipeline/tinyshakespeare/record.json", record("train gpt2"))
     records.write(
         tmp_path / "weights/gpt2/20260210_183518/tinyshakespeare/record.json", record("train gpt2", results={})
@@ -65,6 +66,7 @@ def test_what_was_measured_is_kept(measured: Path):
     assert sorted(path.name for path in kept.iterdir()) == files
     assert json.loads((kept / "train_gpt2.json").read_text())["results"] == {"val_loss_after": 5.5}
     assert (pictures / "gpt2_cpu_throughput.png").read_bytes() == b"a picture"
+    assert sorted(path.name for path in pictures.iterdir()) == ["SHA256SUMS", "gpt2_cpu_throughput.png"]
     link = (kept / "report.md").read_text().split("(")[1].split(")")[0]
     assert (kept / link).resolve() == (pictures / "gpt2_cpu_throughput.png").resolve()
     reference.check(kept)

@@ -61,6 +61,17 @@ def test_another_corpus_is_never_compared_and_nothing_is_never_measured():
     assert (row["status"], row["device"], row["measured"]) == ("not measured here", None, None)
 
 
+def test_a_number_of_another_device_may_come_from_a_reference_record_of_it():
+    number = Number(
+        section="s", metric="m", record="r", key="loss", unit="u", published=2.0, device="a GPU", on_corpus=False
+    )
+    there = {**record(1.5), "device": {"name": "a GPU"}, "created": "2026-02-03T00:00:00"}
+    row = compare(number, record(7.0), there)
+    assert (row["measured"], row["device"], row["status"]) == (1.5, "a GPU", "not measured here")
+    assert row["note"] == "published for a GPU; this machine is d; the number is a reference record of 2026-02-03"
+    assert compare(number, record(7.0), record(1.5))["measured"] is None  # of a third device
+
+
 def test_the_published_numbers_of_the_character_models_are_all_there():
     metrics = {(number.section, number.metric) for number in numbers()}
     metrics = {(section, metric) for section, metric in metrics if section.startswith("char")}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from picogpt import cli
+
 SMALL = ("--set=model.block_size=16", "--set=train.eval_interval=5")
 
 
@@ -16,13 +18,14 @@ SMALL = ("--set=model.block_size=16", "--set=train.eval_interval=5")
 def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder with two runs of a bigram."""
     folder = tmp_path_factory.mktemp("runs")
-    script = f"""
-picogpt tokenize char --text {corpus} --run words
-picogpt train char-bigram --run short --steps 10 {" ".join(SMALL)}
-picogpt train char-bigram --run long --steps 20 {" ".join(SMALL)}
-"""
-    script = script.replace("picogpt ", f"{sys.executable} -m picogpt ")
-    subprocess.run(["bash", "-ec", script], cwd=folder, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in (
+            ["tokenize", "char", "--text", str(corpus), "--run", "words"],
+            ["train", "char-bigram", "--run", "short", "--steps", "10", *SMALL],
+            ["train", "char-bigram", "--run", "long", "--steps", "20", *SMALL],
+        ):
+            cli.cli(command, standalone_mode=False)
     return folder
 
 

@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cluster as slurm
+import hub
 import pytest
-import torch
 import yaml
 from cluster import Cluster
 from conftest import ROOT
-from test_fineweb import HELD_OUT, PAIR, TINY, parquet, registered, texts
+from test_fineweb import HELD_OUT, PAIR, TINY, hub_path, parquet, registered, texts
+from test_train import assert_same_run
 from test_workflow import BOX, NO_HUB, SMALL, SNAKEMAKE
 
 from picogpt import records
 from picogpt.data import fineweb
 from picogpt.data.bpe import GPT2Tokenizer
-from picogpt.data.corpus import tokenize_chars
+from picogpt.data.corpus import open_data, tokenize_chars
 from picogpt.train import checkpoint
 
 pytestmark = [
@@ -32,10 +33,10 @@ pytestmark = [
     pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing()),
 ]
 BIN = Path(sys.executable).parent
-# Nodes of their own, so that tests that go on side by side do not meet.
+# Nodes of their own, so that tests that go on side by side do not meet; but two jobs of two nodes each, which share theirs.
 PARTITIONS = {
-    "gpu": ("gpu1", "gpu2"), "limit": ("limit1", "limit2"), "cancel": ("cancel1", "cancel2"), "down": ("down1", "down2"),
-    "drain": ("drain1", "drain2"), "low": ("low1",), "urgent": ("low1",), "billed": ("gpu1", "gpu2"),
+    "gpu": ("gpu1", "gpu2"), "limit": ("pair1", "pair2"), "cancel": ("pair1", "pair2"), "down": ("down1", "down2"),
+    "drain": ("drain1", "drain2"), "killed": ("killed1",), "low": ("low1",), "urgent": ("low1",), "billed": ("gpu1", "gpu2"),
 }  # fmt: skip
 TRAIN = [*TINY, "runtime.threads=1", "train.steps=8", "train.eval_interval=4"]
 ONE_RUNG = {**BOX, "rungs": ["baseline"]}
@@ -44,6 +45,8 @@ MACHINES = {
     "pair": {**ONE_RUNG, "ranks": 2, "micro_batch_size": 1},
     "across": {**PAIR, "title": "two nodes", "ranks": 1, "nodes": 2},
     "crowd": {**ONE_RUNG, "kind": "cuda", "ranks": 3, "batch_size": 6},
+    "duo": {**PAIR, "title": "duo", "kind": "cuda"},
+    "grid": {**PAIR, "title": "grid", "kind": "cuda", "nodes": 2},
 }
 TRANSFORMER = "weights/char_transformer/pipeline"
 BIGRAM = "weights/char_bigram/pipeline"
@@ -75,21 +78,27 @@ class Pipeline:
         folder: Path,
         partition: str,
         hardware: tuple[str, ...],
+        tree: Path = ROOT,
+        account: str | None = None,
         **changes: object,
     ):
-        self.cluster, self.partition = cluster, partition
+        self.cluster, self.partition, self.tree = cluster, partition, tree
         self.folder = Path(shutil.copytree(prepared, folder))
-        self.started = 0
+        self.started = self.waits = 0
+        self.born: str | None = None
         self.environment = {
             **os.environ,
             **NO_HUB,
             **cluster.environment,
             "PATH": f"{cluster.environment['PATH']}:{BIN}",
-            "PYTHONPATH": f"{ROOT / 'tests/slow'}:{ROOT}",
+            "PYTHONPATH": f"{ROOT / 'tests/slow'}:{tree}",
+            "PICOGPT_TEST_NET": str(self.folder / "network.txt"),
         }
         profile = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
         profile["default-resources"]["slurm_partition"] = partition
-        del profile["default-resources"]["slurm_account"]  # this cluster does no accounting
+        profile["default-resources"]["slurm_account"] = account
+        if account is None:  # this cluster does no accounting
+            del profile["default-resources"]["slurm_account"]
         profile["config"].update(size="cpu", ladder={"hardware": list(hardware)})
         profile.update({"slurm-init-seconds-before-status-checks": 1, "slurm-status-command": "squeue"}, **changes)
         (self.folder / "profile").mkdir()
@@ -98,7 +107,7 @@ class Pipeline:
     def start(self, *arguments: str, **environment: str) -> Started:
         command = [
             str(SNAKEMAKE), *arguments,
-            "--snakefile", str(ROOT / "workflow/Snakefile"),
+            "--snakefile", str(self.tree / "workflow/Snakefile"),
             "--workflow-profile", str(self.folder / "profile"),
             "--directory", str(self.folder),
             "--configfile", str(self.folder / "small.yaml"),
@@ -111,17 +120,23 @@ class Pipeline:
             )
         return Started(process, out)
 
-    def start_held(self, run: str) -> Started:
+    def start_held(self, run: str, **environment: str) -> Started:
         """Start a training that waits in the middle."""
-        return self.start(f"{run}/record.json", PICOGPT_TEST_HOLD=f"{HELD_AT[run]}:{self.folder}/go")
+        return self.start(f"{run}/record.json", PICOGPT_TEST_HOLD=f"{HELD_AT[run]}:{self.folder}/go", **environment)
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
         return self.start(*arguments, **environment).end()
 
     def held(self, started: Started) -> int:
-        """The process that waits, once one does."""
+        """The process that waits, once one does; always the first one, if another has taken its place."""
         slurm.wait_for((self.folder / "go.held").exists, "a training", self.cluster, started.process)
-        return int((self.folder / "go.held").read_text())
+        self.waits = self.waits or int((self.folder / "go.held").read_text())
+        self.born = self.born or slurm.birth(self.waits)
+        return self.waits
+
+    def lives(self) -> bool:
+        """Whether the process that waited is there yet; another with its number is not it."""
+        return slurm.birth(self.waits) == self.born
 
     def go(self) -> None:
         """Let it go on."""
@@ -138,9 +153,8 @@ def sessions(pipeline: Pipeline, run: str) -> int:
     return records.read(pipeline.folder / run / "record.json")["results"]["sessions"]
 
 
-def same(one: Path, other: Path) -> bool:
-    ours, theirs = (checkpoint.load_weights(run / "best.pt").state for run in (one, other))
-    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def saved_step(pipeline: Pipeline, run: str) -> int:
+    return checkpoint.load_state(pipeline.folder / run / "checkpoints/last.pt")[0]["progress"]["step"]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +176,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, corpus: Path, gpt2: GPT2T
         **SMALL, "corpus": "words.txt", "size": "cpu",
         "fineweb": {"shards": 1, "val_documents": HELD_OUT, "set": TRAIN},
     }  # fmt: skip
-    del settings["ladder"]["hardware"]
+    settings["ladder"] = {"set": SMALL["ladder"]["set"]}
     (folder / "small.yaml").write_text(yaml.safe_dump(settings))
     for name, machine in MACHINES.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(machine))
@@ -181,10 +195,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, corpus: Path, gpt2: GPT2T
 def pipelines(cluster: Cluster, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipeline]:
     """A folder for each partition."""
     root = tmp_path_factory.mktemp("pipelines")
-    signal_early = {"train_fineweb": {"slurm_extra": "--signal=TERM@60"}}
+    # Not exclusively: these two are to meet on their nodes.
+    early, late = ({"train_fineweb": {"slurm_extra": f"--signal=TERM@{seconds}"}} for seconds in (60, 120))
+    unheard = {"slurm_partition": "killed", "mem_mb": 4000, "runtime": 60}  # no signal before the time is over
     changes: dict[str, dict] = {
-        "limit": {"set-resources": signal_early, "retries": 1},
-        "cancel": {"retries": 0},
+        "limit": {"set-resources": early, "retries": 1},
+        "cancel": {"set-resources": late, "retries": 0},
+        "killed": {"default-resources": unheard, "retries": 1},
         "down": {"retries": 0},
         "drain": {"retries": 0},
         "low": {"retries": 1},
@@ -202,6 +219,7 @@ def begun(pipelines: dict[str, Pipeline]) -> Iterator[dict[str, Started]]:
     processes = {
         "limit": pipelines["limit"].start_held(FINEWEB),
         "cancel": pipelines["cancel"].start_held(FINEWEB),
+        "killed": pipelines["killed"].start_held(TRANSFORMER, PICOGPT_TEST_DEAF="1"),
         **{name: pipelines[name].start_held(TRANSFORMER) for name in ("down", "drain", "low")},
     }
     yield processes
@@ -218,21 +236,29 @@ def straight(pipelines: dict[str, Pipeline], begun: dict[str, Started]) -> Path:
     return pipelines["gpu"].folder
 
 
-def test_a_time_limit_is_met(pipelines, begun, cluster: Cluster):
-    """The signal of the profile comes before it; SLURM looks at the clock twice a minute."""
-    pipeline = pipelines["limit"]
-    pipeline.held(begun["limit"])
-    (job,), (elapsed,) = pipeline.ask("%A"), pipeline.ask("%M")
-    minutes = int(elapsed.split(":")[-2])
-    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 1}")
+def test_two_jobs_of_two_nodes_each_meet_on_their_nodes(pipelines, begun):
+    """Each with ranks that have found each other, by a port of its own."""
+    for name in ("limit", "cancel"):
+        pipelines[name].held(begun[name])
+    assert [pipelines[name].ask("%D %N") for name in ("limit", "cancel")] == [["2", "pair[1-2]"]] * 2
+
+
+def test_two_time_limits_are_met(pipelines, begun, cluster: Cluster):
+    """One with a signal before it, as in the profile, and one that nobody hears; SLURM looks at the clock twice a minute."""
+    for name in ("limit", "killed"):
+        pipeline = pipelines[name]
+        pipeline.held(begun[name])
+        (job,), (elapsed,) = pipeline.ask("%A"), pipeline.ask("%M")
+        minutes = int(elapsed.split(":")[-2])
+        cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 1}")
 
 
 def test_the_jobs_of_a_node_that_goes_down_go_on_elsewhere(pipelines, begun, cluster: Cluster):
     pipeline = pipelines["down"]
-    process = pipeline.held(begun["down"])
+    pipeline.held(begun["down"])
     (job,), (node,) = pipeline.ask("%A"), pipeline.ask("%N")
     cluster.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    slurm.wait_for(lambda: not Path(f"/proc/{process}").exists(), "the end of a job", cluster)
+    slurm.wait_for(lambda: not pipeline.lives(), "the end of a job", cluster)
     slurm.wait_for(lambda: pipeline.ask("%A", "PD") == [job], "the job in the queue again", cluster)
     pipeline.go()
     cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # by itself it waits two minutes
@@ -254,7 +280,7 @@ def test_a_node_that_is_drained_ends_what_runs_and_gets_nothing_new(pipelines, b
 
 def test_a_training_that_makes_room_for_another_job_goes_on(pipelines, begun, cluster: Cluster):
     pipeline = pipelines["low"]
-    process = pipeline.held(begun["low"])
+    pipeline.held(begun["low"])
     done = pipeline.folder / "urgent"
     urgent = [
         "sbatch",
@@ -266,9 +292,9 @@ def test_a_training_that_makes_room_for_another_job_goes_on(pipelines, begun, cl
     ]
     cluster.ask(*urgent)
     slurm.wait_for(done.exists, "the urgent job", cluster)
-    assert not Path(f"/proc/{process}").exists()
-    saved = checkpoint.load_state(pipeline.folder / TRANSFORMER / "checkpoints/last.pt")[0]["progress"]["step"]
-    assert saved == HELD_AT[TRANSFORMER] + 1  # the step that it was before, and not one more
+    assert not pipeline.lives()
+    # The step that it was before, and not one more.
+    assert saved_step(pipeline, TRANSFORMER) == HELD_AT[TRANSFORMER] + 1
     pipeline.go()
     for job in pipeline.ask("%A", "PD"):
         cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
@@ -279,7 +305,6 @@ def test_a_training_that_makes_room_for_another_job_goes_on(pipelines, begun, cl
 
 def test_a_cancelled_training_on_two_nodes_goes_on_at_the_next_run(pipelines, begun, cluster: Cluster):
     pipeline = pipelines["cancel"]
-    run = pipeline.folder / FINEWEB
     pipeline.held(begun["cancel"])
 
     # Meanwhile the folder is taken, for a second pipeline and for a second job.
@@ -291,7 +316,7 @@ def test_a_cancelled_training_on_two_nodes_goes_on_at_the_next_run(pipelines, be
         "--set=train.batch_size=4", "--set=train.micro_batch_size=1", "--set=model.block_size=16",
     ]  # fmt: skip
     job = subprocess.run(
-        ["srun", "--partition=gpu", "--mem=1000", *second],  # the nodes of the first one are its own
+        ["srun", "--partition=gpu", "--mem=1000", *second],
         capture_output=True, text=True, cwd=pipeline.folder, env=pipeline.environment, timeout=slurm.LONGEST_S,
     )  # fmt: skip
     assert job.returncode == 1, job.stderr
@@ -301,8 +326,7 @@ def test_a_cancelled_training_on_two_nodes_goes_on_at_the_next_run(pipelines, be
     status, out = begun["cancel"].end()
     assert status == 1
     assert "SLURM status is: 'CANCELLED'" in out
-    stopped = checkpoint.load_state(run / "checkpoints/last.pt")[0]["progress"]["step"]
-    assert f"stopped by SIGTERM at step {stopped} of 8; everything is saved" in out
+    assert f"stopped by SIGTERM at step {saved_step(pipeline, FINEWEB)} of 8; everything is saved" in out
     pipeline.go()
     again, out = pipeline.run(f"{FINEWEB}/record.json")
     assert again == 0, out
@@ -313,12 +337,21 @@ def test_what_cannot_run_says_what_to_change(begun, cluster: Cluster, prepared: 
     unknown = Pipeline(cluster, prepared, tmp_path / "unknown", "nowhere", ("box.yaml",), retries=0)
     unpaid = Pipeline(cluster, prepared, tmp_path / "unpaid", "billed", ("box.yaml",), retries=0)
     target = f"{BIGRAM}/record.json"
-    processes = [unknown.start(target), unpaid.start(target)]
+    nobody = Pipeline(cluster, prepared, tmp_path / "nobody", "gpu", ("box.yaml",), account="nobody", retries=0)
+    # What a cluster with accounting answers to who may pay.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sacctmgr").write_text("#!/bin/sh\necho project1\n")
+    (tmp_path / "bin/sacctmgr").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{nobody.environment['PATH']}"
+    processes = [unknown.start(target), unpaid.start(target), nobody.start(target, PATH=path)]
     status, out = processes[0].end()
     assert (status, "invalid partition specified: nowhere" in out) == (1, True), out
     assert "slurm_partition in workflow/profiles/slurm/config.yaml must be one of the cluster's: sinfo -s" in out
     status, out = processes[1].end()
     assert (status, "partition billed takes no job without an account" in out) == (1, True), out
+    assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
+    status, out = processes[2].end()
+    assert (status, "The given account nobody appears to be invalid" in out) == (1, True), out
     assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
     # The list of the profile is gone, and this machine would speak for the cluster.
     status, out = unknown.run(target, "--config", "size=cpu")
@@ -326,10 +359,19 @@ def test_what_cannot_run_says_what_to_change(begun, cluster: Cluster, prepared: 
 
 
 def test_a_machine_that_is_not_what_its_name_says(cluster: Cluster, prepared: Path, tmp_path: Path):
-    pipeline = Pipeline(cluster, prepared, tmp_path / "wrong", "gpu", ("crowd.yaml", "h100"), retries=0)
-    targets = [f"results/records/ladder/{name}/baseline.json" for name in ("h100", "crowd")]
-    status, out = pipeline.run(*targets, "--keep-going")
+    machines = ("crowd.yaml", "duo.yaml", "grid.yaml", "h100")
+    pipeline = Pipeline(cluster, prepared, tmp_path / "wrong", "gpu", machines, retries=0)
+    targets = [f"results/records/ladder/{Path(name).stem}/baseline.json" for name in machines]
+    (tmp_path / "ranks").mkdir()
+    status, out = pipeline.run(*targets, "--keep-going", PICOGPT_TEST_RANKS=str(tmp_path / "ranks"))
     assert status == 1
+    # Two ranks on one node and four on two were there before they refused, each beside the GPUs of its node.
+    ranks = {path.name: path.read_text() for path in (tmp_path / "ranks").iterdir()}
+    assert ranks == {
+        **{"0 of 2": "0 of 0,1", "1 of 2": "1 of 0,1"},
+        **{"0 of 4": "0 of 0,1", "1 of 4": "1 of 0,1", "2 of 4": "0 of 0,1", "3 of 4": "1 of 0,1"},
+    }
+    assert "hardware grid is grid (cuda, .*), and this device is" in out
     assert "hardware h100 is H100 (cuda, NVIDIA H100" in out
     assert "), and this device is" in out
     assert "gpu_model in the profile asks for the right GPUs" in out
@@ -359,6 +401,47 @@ def test_all_of_the_pipeline_on_one_device_two_ranks_and_two_nodes(straight: Pat
         assert (straight / name).exists(), name
 
 
+def test_no_job_wants_anything_of_the_network(pipelines, straight: Path, tmp_path: Path):
+    network = straight / "network.txt"
+    assert not network.exists(), network.read_text()
+    # One that does is found out.
+    script = "import socket; socket.getaddrinfo('example.invalid', 80)"
+    environment = {**pipelines["gpu"].environment, "PICOGPT_TEST_NET": str(tmp_path / "asked")}
+    command = ["srun", "--partition=gpu", "--mem=1000", sys.executable, "-c", script]
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=slurm.LONGEST_S).returncode != 0
+    assert (tmp_path / "asked").read_text() == "-c: example.invalid:80\n"
+
+
+def test_shards_of_a_corpus_are_tokenized_side_by_side(cluster: Cluster, prepared: Path, tmp_path: Path):
+    """A job each, in a copy of the source tree whose registry names two small shards; only fetching them asks the hub."""
+    contents = [parquet(texts(number)) for number in range(2)]
+    tree = tmp_path / "tree"
+    for part in ("config", "workflow", "picogpt"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    registry = {fineweb.NAME: registered(contents).model_dump(mode="json")}
+    (tree / "config/fineweb.yaml").write_text(yaml.safe_dump(registry))
+    pipeline = Pipeline(cluster, prepared, tmp_path / "shards", "gpu", ("box.yaml",), tree, retries=0)
+    shutil.rmtree(pipeline.folder / "resources/fineweb-edu")
+    shutil.rmtree(pipeline.folder / "weights/gpt2_tokenizer/pipeline/fineweb-edu")
+    settings = yaml.safe_load((pipeline.folder / "small.yaml").read_text())
+    settings["fineweb"]["shards"] = 2
+    (pipeline.folder / "small.yaml").write_text(yaml.safe_dump(settings))
+    cache = {"HF_HUB_CACHE": str(tmp_path / "cache")}
+    with hub.running() as running:
+        running.files.update({hub_path(number): content for number, content in enumerate(contents)})
+        notes = [f"resources/fineweb-edu/{number:05}.txt" for number in range(2)]
+        status, out = pipeline.run(*notes, HF_ENDPOINT=running.address, **cache)
+        assert status == 0, out
+    (tmp_path / "met").mkdir()
+    manifest = "weights/gpt2_tokenizer/pipeline/fineweb-edu/manifest.json"
+    status, out = pipeline.run(manifest, PICOGPT_TEST_MEET=f"2:{tmp_path / 'met'}", **cache)
+    assert status == 0, out
+    assert len(list((tmp_path / "met").iterdir())) == 2
+    data = open_data((pipeline.folder / manifest).parent)
+    assert (data.val.header.documents, data.train.header.corpus) == (HELD_OUT, fineweb.NAME)
+    assert not (pipeline.folder / "network.txt").exists()
+
+
 def test_jobs_on_the_same_node_have_gpus_and_cores_of_their_own(cluster: Cluster, tmp_path: Path):
     cores = f"PYTHONPATH={ROOT} {sys.executable} -c 'from picogpt import hardware; print(hardware.cpu_count())'"
     script = (
@@ -382,13 +465,26 @@ def test_jobs_on_the_same_node_have_gpus_and_cores_of_their_own(cluster: Cluster
     assert shown == ["0 1", "1 1"]
 
 
-def test_trainings_that_were_stopped_end_with_the_weights_of_one_that_was_not(pipelines, begun, straight: Path):
+def test_a_training_that_slurm_killed_at_its_time_limit_goes_on(pipelines, begun, cluster: Cluster):
+    pipeline, started = pipelines["killed"], begun["killed"]
+    pipeline.held(started)
+    slurm.wait_for(lambda: not pipeline.lives(), "the end of a job", cluster, started.process)
+    assert saved_step(pipeline, TRANSFORMER) == HELD_AT[TRANSFORMER]  # the last checkpoint, and nothing at the end
+    pipeline.go()
+    status, out = started.end()
+    assert status == 0, out
+    assert "SLURM status is: 'TIMEOUT'" in out
+    assert sessions(pipeline, TRANSFORMER) == 2
+
+
+def test_trainings_that_were_stopped_equal_one_that_was_not(pipelines, begun, straight: Path):
+    """The weights bit for bit, and every line of the metrics: the curve has no seam."""
     status, out = begun["down"].end()
     assert status == 0, out
     assert sessions(pipelines["down"], TRANSFORMER) == 2
-    for name in ("down", "drain", "low"):
-        assert same(pipelines[name].folder / TRANSFORMER, straight / TRANSFORMER), name
-    assert same(pipelines["cancel"].folder / FINEWEB, straight / FINEWEB)
+    for name in ("down", "drain", "low", "killed"):
+        assert_same_run(pipelines[name].folder / TRANSFORMER, straight / TRANSFORMER)
+    assert_same_run(pipelines["cancel"].folder / FINEWEB, straight / FINEWEB)
 
 
 def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelines, begun, straight, tmp_path: Path):
@@ -404,7 +500,7 @@ def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelin
     run = pipeline.folder / FINEWEB
     record = records.read(run / "record.json")
     assert (record["ranks"], record["kind"], record["results"]["sessions"]) == (2, "train gpt2 across", 2)
-    assert same(run, straight / FINEWEB)
+    assert_same_run(run, straight / FINEWEB)
     # The same by hand, in one go, with both ranks on one node.
     (tmp_path / "across.yaml").write_text(yaml.safe_dump({**MACHINES["across"], "nodes": 1, "ranks": 2}))
     command = [
@@ -415,4 +511,4 @@ def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelin
     ]  # fmt: skip
     alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert alone.returncode == 0, alone.stderr
-    assert same(run, tmp_path / "run")
+    assert_same_run(run, tmp_path / "run")

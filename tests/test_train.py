@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import driver
+import forked
 import numpy as np
 import pytest
 import torch
@@ -29,15 +29,13 @@ from picogpt.train.loop import Trainer
 CPU = Device("test", "cpu", "float32")
 
 
-def train_in_a_process(folder: Path, tokens: Path, death: str) -> int | None:
+def train_in_a_process(folder: Path, tokens: Path, death: str) -> int:
     """Exit status of tests/driver.py; negative: the signal that ended it."""
-    # Forked from a process that has torch already: loading it takes longer than such a training.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["driver"])
-    process = processes.Process(target=driver.main, args=(str(folder), str(tokens), death))
-    process.start()
-    process.join()
-    return process.exitcode
+    return forked.run("driver", folder, tokens, death).returncode
+
+
+def test_what_is_forked_has_torch_already():
+    assert forked.loaded() == list(forked.LOADED)
 
 
 def learned(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:

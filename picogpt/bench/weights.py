@@ -10,8 +10,11 @@ from picogpt import hardware, records
 from picogpt.errors import PicogptError
 
 
-def measure(files: Mapping[str, Path]) -> dict[str, Any]:
-    """The record of the sizes of weight files, in bytes by name. Raises PicogptError when one cannot be read."""
+def measure(files: Mapping[str, Path], missing: Mapping[str, str]) -> dict[str, Any]:
+    """The record of the sizes of weight files, in bytes by name; of what is `missing` the reasons.
+
+    Raises PicogptError when a file cannot be read.
+    """
     sizes = {}
     for name, path in files.items():
         try:
@@ -23,6 +26,7 @@ def measure(files: Mapping[str, Path]) -> dict[str, Any]:
         "kind": "weights",
         "corpus": {},
         "config": {"files": {name: str(path) for name, path in files.items()}},
+        "missing": {f"{name} MB": reason for name, reason in missing.items()},
         "units": dict.fromkeys(sizes, "bytes"),
         "results": {**sizes, **{f"{name} MB": size / 1e6 for name, size in sizes.items()}},
     }

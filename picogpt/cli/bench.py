@@ -32,7 +32,11 @@ def bench() -> None:
 @click.option("--runs", type=click.IntRange(1), default=5, help="Runs, after a short one to warm up.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Streams at once.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the record.")
-@click.option("--optional", is_flag=True, help="Where the hub cannot be reached, write a record that says so.")
+@click.option(
+    "--optional",
+    is_flag=True,
+    help="Where the weights of OpenAI are not in the cache of the hub's client, ask nobody: write a record that says so.",
+)
 def sample(
     kind: str,
     ckpt: Path | None,
@@ -175,7 +179,8 @@ def weights(files: tuple[str, ...], out: Path | None) -> None:
     from picogpt.bench import weights as bench_weights
     from picogpt.errors import Unreachable
 
-    paths = {}
+    paths: dict[str, Path] = {}
+    missing: dict[str, str] = {}
     for pair in files:
         name, equals, file = pair.partition("=")
         if not equals:
@@ -184,10 +189,11 @@ def weights(files: tuple[str, ...], out: Path | None) -> None:
             try:
                 paths[name] = hub.fetch(file.removeprefix("gpt2-"), cached_only=True)
             except Unreachable:
-                click.echo(f"{name}: not measured here: hub unreachable", err=True)
+                missing[name] = records.HUB_UNREACHABLE
+                click.echo(f"{name}: not measured here: {missing[name]}", err=True)
         else:
             paths[name] = Path(file)
-    record = bench_weights.measure(paths)
+    record = bench_weights.measure(paths, missing)
     if out:
         records.write(out, record)
     for name, path in paths.items():

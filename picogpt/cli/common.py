@@ -153,5 +153,5 @@ def or_noted(measurement: str, out: Path | None) -> Iterator[None]:
         from picogpt import records
 
         records.write(out, records.unreachable(measurement, str(error)))
-        click.echo(f"{measurement}: not measured here: hub unreachable", err=True)
+        click.echo(f"{measurement}: not measured here: {records.HUB_UNREACHABLE}", err=True)
         raise click.exceptions.Exit(0) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from picogpt.cli.common import PRETRAINED, RESOURCES, RUN_PATTERN, WEIGHTS, now
-from picogpt.errors import Unreachable, UsageError
+from picogpt.errors import Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
     from picogpt.hub import HubFile
@@ -28,7 +28,11 @@ FINEWEB = "fineweb-edu"
 @click.option(
     "--status", type=click.Path(path_type=Path), help="Write here whether it was had; if not, that is no error."
 )
-@click.option("--check", is_flag=True, help="Fetch nothing: say of each name whether it is here, reachable or neither.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Fetch nothing: say of each name whether it is here; of files of the hub, whether that answers.",
+)
 @click.option("--shard", "shards", type=click.IntRange(0), multiple=True, help="Of fineweb-edu; repeatable.")
 def fetch(
     names: tuple[str, ...],
@@ -44,8 +48,8 @@ def fetch(
     `pretrained`, and the larger pretrained-medium, -large and -xl, are OpenAI's weights of config/pretrained.yaml:
     they stay in the cache of the Hugging Face client. So do the shards of `fineweb-edu`, text for longer trainings.
 
-    $PICOGPT_MIRROR, a folder or an address, is asked first, then the registered addresses. What is here already
-    is verified and not fetched again; a connection that breaks is taken up again.
+    $PICOGPT_MIRROR, a folder or an address, is asked first, then the registered addresses; the hub is at $HF_ENDPOINT.
+    What is here already is verified and not fetched again; a connection that breaks is taken up again.
     """
     from picogpt.data import assets, fineweb
     from picogpt.files import atomic_write, write_text
@@ -69,7 +73,7 @@ def fetch(
             click.echo(_state(name, folder))
         return
     if status:
-        write_text(status, "".join(f"{name}: {_had(name, folder)}\n" for name in names))
+        write_text(status, "".join(f"{name}: {_had(name, folder, status)}\n" for name in names))
         return
     if out and len(names) > 1 and not first:
         raise UsageError("--out takes one file: name one asset, or pass --first")
@@ -126,12 +130,15 @@ def _fetch(name: str, folder: Path) -> Path:
     return bpe.fetch_ranks(folder) if name == bpe.RANKS else assets.fetch(name, folder)
 
 
-def _had(name: str, folder: Path) -> str:
-    """here, or unreachable and why."""
+def _had(name: str, folder: Path, status: Path) -> str:
+    """here, or unreachable or refused and why."""
     try:
         _fetch(name, folder)
     except Unreachable as error:
         click.echo(f"{name}: not measured here: {error}", err=True)
+        if isinstance(error, Refused):
+            click.echo(f"a pipeline asks this hub again when its {status} is deleted", err=True)
+            return f"refused: {error}"
         return f"unreachable: {error}"
     return "here"
 

@@ -123,7 +123,11 @@ def sample(
 @click.option("-n", "--num-tokens", type=click.IntRange(1), default=100, help="Tokens of each text.")
 @click.option("--seed", type=int, default=1337, help="Of the texts.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a record of the result.")
-@click.option("--optional", is_flag=True, help="Where the hub cannot be reached, write a record that says so.")
+@click.option(
+    "--optional",
+    is_flag=True,
+    help="Where the weights of OpenAI are not in the cache of the hub's client, ask nobody: write a record that says so.",
+)
 def evaluate(
     kind: str,
     ckpt: Path | None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 LOGITS_BYTES = 1 << 28
-"""Logits held at once, at most: 256 MiB."""
+"""Logits held at once, at most: 256 MiB; and on a GPU as much again in float32."""
 ROWS_IN_CACHE = 32
 """On a CPU, rows of logits whose float32 copy stays in its caches."""
 COLUMNS = 64
@@ -68,7 +68,8 @@ def _softmax_loss(
 
     The columns beyond the vocabulary take no part: they add nothing to the softmax and get no gradient.
     """
-    rows = ROWS_IN_CACHE if logits.device.type == "cpu" else len(logits)
+    rows = ROWS_IN_CACHE if logits.device.type == "cpu" else max(1, LOGITS_BYTES // (4 * vocab_size))
+    rows = min(rows, len(logits))
     buffer = torch.empty(rows, vocab_size, device=logits.device)
     minus_one = losses.new_full((rows, 1), -1)
     if scale is not None:

@@ -44,10 +44,20 @@ def write_page(
         name = machines.name_of(argument)
         here = ladder.of(name, by_kind)
         rungs = here or ladder.of(name, references)
+        differences = [abs(record["results"].get("loss_difference") or 0) for record in rungs.values()]
         machine = machines.load(argument)
         batch, block = ladder.shape(machine, rungs)
         ladders.append(
-            {"name": name, "machine": machine, "rungs": rungs, "here": bool(here), "batch": batch, "block": block}
+            {
+                "name": name,
+                "machine": machine,
+                "rungs": rungs,
+                "here": bool(here),
+                "batch": batch,
+                "block": block,
+                "difference": max(differences, default=0),
+                "tolerance": ladder.LOSS_TOLERANCE,
+            }
         )
     try:
         page = environment.from_string(read_text(template)).render(

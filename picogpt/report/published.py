@@ -80,22 +80,16 @@ def compare(number: Number, record: dict[str, Any] | None, reference: dict[str, 
         "device": record["device"]["name"] if record and measured is not None else None,
     }
     if record is None or measured is None:
-        needs = _needs(number)
-        reason = (record or {}).get("not_measured") or needs or f"no record of {number.record} has it"
-        row = {**row, "status": "not measured here", "note": reason}
-        known = value_of(reference["results"], number.key) if reference else None
-        if reference and known is not None and (needs or number.device == reference["device"]["name"]):
-            name, day = reference["device"]["name"], reference["created"][:10]
-            row |= {"measured": known, "device": name, "note": f"{reason}; the number is a reference record of {day}"}
-        return row
+        known_reason = (record or {}).get("not_measured") or (record or {}).get("missing", {}).get(number.key)
+        reason = known_reason or _needs(number) or f"no record of {number.record} has it"
+        return _not_here(row, number, reason, reference)
     if number.on_corpus and not on_published_corpus(record):
         corpus = record["corpus"]["name"]
         return {**row, "status": "not comparable", "note": f"measured on {corpus}, published for {CORPUS}, split 90/10"}
     if number.device is not None and number.device != record["device"]["name"]:
         # A number of another device never stands beside the published one.
-        here = record["device"]["name"]
-        note = f"published for {number.device}; this machine is {here}"
-        return {**row, "measured": None, "device": None, "status": "not measured here", "note": note}
+        reason = f"published for {number.device}; this machine is {record['device']['name']}"
+        return _not_here(row, number, reason, reference)
     if number.published is None or not number.comparable:
         return {**row, "status": "not comparable", "note": number.note or "nothing is published"}
     difference = measured - number.published
@@ -104,6 +98,16 @@ def compare(number: Number, record: dict[str, Any] | None, reference: dict[str, 
     if number.better and (difference < 0) == (number.better == "lower"):
         return {**row, "status": "better", "note": number.note}
     return {**row, "status": "differs", "note": number.note}
+
+
+def _not_here(row: dict[str, Any], number: Number, reason: str, reference: dict[str, Any] | None) -> dict[str, Any]:
+    """The row of what this machine has not measured, with the number of a reference record where there is one for it."""
+    row = {**row, "measured": None, "device": None, "status": "not measured here", "note": reason}
+    known = value_of(reference["results"], number.key) if reference else None
+    if reference and known is not None and (_needs(number) or number.device == reference["device"]["name"]):
+        name, day = reference["device"]["name"], reference["created"][:10]
+        row |= {"measured": known, "device": name, "note": f"{reason}; the number is a reference record of {day}"}
+    return row
 
 
 def _needs(number: Number) -> str | None:

@@ -158,6 +158,8 @@ class Trainer:
             p.before = self._evaluate(also_train=True)
             log(**p.before)
             bar.say(f"before training: {_listed(p.before)}")
+            if self.config.init == "pretrained":  # nothing better may come
+                self._keep_best(p.before["val_loss"])
         first, val_loss = p.step, p.after.get("val_loss")
         while p.step < self.total_steps:
             began = p.train_seconds
@@ -181,9 +183,7 @@ class Trainer:
                 log(**p.after)
                 bar.say(f"step {p.step}: {_listed(p.after)}")
                 if val_loss < p.best_val_loss:
-                    p.best_val_loss, p.best_step = val_loss, p.step
-                    self.world.from_first(self._save_best)
-                    self._charge("save_seconds")
+                    self._keep_best(val_loss)
             stopped_by = int(self.world.largest(stop[0] if stop else 0))
             if p.step % runtime.checkpoint_interval == 0 or ended or stopped_by:
                 self._charge("train_seconds")
@@ -327,6 +327,11 @@ class Trainer:
                 }
             )
         )
+
+    def _keep_best(self, val_loss: float) -> None:
+        self.progress.best_val_loss, self.progress.best_step = val_loss, self.progress.step
+        self.world.from_first(self._save_best)
+        self._charge("save_seconds")
 
     def _save_best(self) -> None:
         checkpoint.save_weights(

@@ -68,13 +68,17 @@ def picogpt(*arguments):
 
 
 def hub_state():
-    """Whether the hub is to be asked: unreachable, or else which try it is. While what it gave is here, that one."""
+    """
+    Whether the hub is to be asked: unreachable, or else which try it is. While what it gave is here, that one; and
+    one that refused (a mirror without these weights, no login) is asked again when resources/pretrained.txt is deleted.
+    """
     if workflow.remote_exec:
         return "not asked by a job on a cluster"
     status = Path("resources/pretrained.txt")
     lines = status.read_text().splitlines() if status.exists() else []
     state = picogpt("fetch", "--check", "pretrained")
-    if lines and lines[0].endswith(": here") and state != "reachable":
+    refused = f": refused: the hub ({os.environ.get('HF_ENDPOINT', 'https://huggingface.co')})"
+    if lines and (lines[0].endswith(": here") and state != "reachable" or refused in lines[0]):
         return lines[-1]
     if state == "unreachable":
         return state
@@ -106,17 +110,18 @@ PROFILE = "workflow/profiles/slurm/config.yaml"
 ADVICE = {
     "account": f"default-resources: slurm_account in {PROFILE} says who pays: sacctmgr show associations user=$USER format=account",
     "invalid partition": f"default-resources: slurm_partition in {PROFILE} must be one of the cluster's: sinfo -s",
-    "Requested node configuration is not available": "no node of the partition has so many GPUs, cores, or so much memory:"
-    " sinfo -o '%P %D %c %m %G' lists what they have; `ranks` and `nodes` in config/hardware/ ask for GPUs",
+    "Requested node configuration is not available": "no node of the partition has so many GPUs, cores, or so much memory, which"
+    " set-resources: RULE: mem_mb, cpus_per_task in the profile change: sinfo -o '%P %D %c %m %G' lists what they have; `ranks` and `nodes` in config/hardware/ ask for GPUs",
     "Invalid generic resource": f"config: gpu_model in {PROFILE} must be what the cluster calls its GPUs: sinfo -o %G",
-    "time limit": f"`runtime` in {PROFILE} is longer than the partition allows: sinfo -o '%P %l'",
+    "time limit": f"set-resources: RULE: runtime in {PROFILE} shortens what is longer than the partition allows: sinfo -o '%P %l'",
 }
 
 
 def advise(logs):
     """Say what to change where SLURM took a job not; `logs` are files of Snakemake's own log."""
     text = "\n".join(Path(log).read_text() for log in ([logs] if isinstance(logs, str) else logs))
-    refused = [line for line in text.splitlines() if "sbatch: error" in line or "sbatch failed" in line]
+    told = ("sbatch: error", "sbatch failed", "appears to be invalid", "The 'sacctmgr' reported")
+    refused = [line for line in text.splitlines() if any(words in line for words in told)]
     for words, advice in ADVICE.items():
         if any(words in line for line in refused):
             print(f"picogpt: {advice} (docs/slurm.md)", file=sys.stderr)
@@ -157,25 +162,41 @@ def settings(model):
 
 def deciding(path):
     """The settings of a file that decide a result, as text: without its comments and without `runtime`."""
-    tree = yaml.safe_load(Path(path).read_text())
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise WorkflowError(f"cannot read the settings {path}: {error}")
+    if not isinstance(tree, dict):
+        raise WorkflowError(f"{path} has no settings: config/models/ shows how such a file looks")
     return json.dumps({key: value for key, value in tree.items() if key != "runtime"}, sort_keys=True)
+
+
+def ranks_for(gpus):
+    """Of the GPUs that are here as many as divide the batch of GPT-2's training; of a number that was asked for, all."""
+    batch = json.loads(settings("gpt2")).get("train", {}).get("batch_size", 16)
+    for pair in config["gpt2"]["set"]:
+        key, _, value = pair.partition("=")
+        if key == "train.batch_size" and value.isdigit():
+            batch = int(value)
+    fitting = [ranks for ranks in range(1, gpus + 1) if batch % ranks == 0]
+    if config["gpus"] != "auto" and gpus and gpus not in fitting:
+        raise WorkflowError(
+            f"gpus: {gpus} do not divide the batch of {batch} sequences of {settings_file('gpt2')}: "
+            f"{', '.join(map(str, fitting))} would, or another train.batch_size"
+        )
+    return max(fitting, default=1)
 
 
 # What is here: which settings of a model fit it, how many GPUs, which files of config/hardware/; and all those files.
 ASKED = config["ladder"]["hardware"]
 HERE = what_is_here()
 SIZE = HERE["size"] if config["size"] == "auto" else config["size"]
-FAST_DTYPE = "bfloat16" if SIZE == "gpu" else HERE["dtype"]
+FAST_DTYPE = HERE["dtype"] if SIZE == HERE["size"] else {"gpu": "bfloat16", "cpu": "float32"}[SIZE]
 CORPUS = corpus_name()
 GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
 # Several GPUs: one rank each. A plain command on one device.
 GPUS = (HERE["gpus"] if config["gpus"] == "auto" else config["gpus"]) if SIZE == "gpu" else 0
-BATCH = json.loads(settings("gpt2"))["train"]["batch_size"]
-for pair in config["gpt2"]["set"]:
-    key, _, value = pair.partition("=")
-    if key == "train.batch_size" and value.isdigit():
-        BATCH = int(value)
-RANKS = max((ranks for ranks in range(1, GPUS + 1) if BATCH % ranks == 0), default=1)
+RANKS = ranks_for(GPUS)
 # What a rank has of a cluster's node beside its device, and how a training hears of its end: SLURM sends SIGTERM to all
 # processes of a job step. The trainer saves and ends; the shell and tee, which would end at once, wait for it.
 CPUS = 8
