@@ -175,7 +175,9 @@ def test_a_reference_number_is_shown_as_one(measured: Path, tmp_path: Path):
 
 
 def test_tracked_reference_records_are_whole():
-    for folder in sorted((ROOT / "results/reference").glob("*/")):
+    folders = sorted((ROOT / "results/reference").glob("*/"))
+    assert folders
+    for folder in folders:
         reference.check(folder)
         reference.check(ROOT / "media/reference" / folder.name)
         read_references(sorted(folder.glob("*.json")))

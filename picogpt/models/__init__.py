@@ -47,6 +47,7 @@ def initial(experiment: Experiment, vocab_size: int) -> LanguageModel:
         return build(experiment.model, vocab_size, experiment.train.seed)
     from picogpt.models import pretrained
 
+    assert isinstance(experiment.model, GPT2Config)  # source has seen to it
     return pretrained.load_for(name, experiment.model, vocab_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,11 +68,16 @@ def shape(machine: MachineConfig, rungs: Mapping[str, dict[str, Any]]) -> tuple[
 
 def _require_same(record: dict[str, Any], baseline: dict[str, Any]) -> None:
     for place in SAME:
-        ours, theirs = (
-            functools.reduce(lambda part, key: (part or {}).get(key), place, it) for it in (record, baseline)
-        )
+        ours, theirs = _at(record, place), _at(baseline, place)
         if ours != theirs:
             raise PicogptError(
                 f"{record['kind']} was measured with {' '.join(place)} {ours}, and {baseline['kind']} with {theirs}:"
                 " a ladder is one machine's; measure it again as a whole (delete its folder in results/records/ladder/)"
             )
+
+
+def _at(tree: Any, place: tuple[str, ...]) -> Any:
+    """What stands at a place of a record; None where nothing does."""
+    for key in place:
+        tree = (tree or {}).get(key)
+    return tree
