@@ -90,7 +90,7 @@ def what_is_here():
     known = os.environ.get("PICOGPT_HERE", "")
     if not (workflow.remote_exec and known):
         known = picogpt("hardware", "--json", *([] if ASKED == "auto" else ASKED))
-        os.environ["PICOGPT_HERE"] = known
+        os.environ.update(PICOGPT_HERE=known)
     return json.loads(known)
 
 
