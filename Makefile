@@ -55,5 +55,5 @@ $(READY): pyproject.toml constraints.txt
 	@command -v c++ >/dev/null \
 	  || echo "no C++ compiler (c++) is here: everything works, but torch.compile cannot make training on a CPU faster" >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[workflow,slurm,kubernetes,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[workflow,slurm,kubernetes,test]'
 	@touch $@

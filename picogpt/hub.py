@@ -91,7 +91,8 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
         f"cannot get {where}: the hub ({endpoint}) cannot be reached and the file is not in its cache"
         f" ({constants.HF_HUB_CACHE}). Run {wanted.command} where it can, or set HF_ENDPOINT to a mirror."
     )
-    if not is_cached(wanted):
+    cached = _cached(wanted)
+    if cached is None:
         if cached_only:
             raise Unreachable(
                 f"{where} is not in the cache of the hub's client ({constants.HF_HUB_CACHE}): {wanted.command} brings it"
@@ -99,14 +100,14 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
         if not answers():  # the client would ask again and again, for 23 s
             raise Unreachable(nobody)
     try:
-        path = Path(
+        # The client would ask the hub of other things even for a file that it has.
+        path = cached or Path(
             hf_hub_download(
                 wanted.repository,
                 wanted.file,
                 repo_type=wanted.kind,
                 revision=wanted.revision,
                 endpoint=endpoint,
-                local_files_only=cached_only,
             )
         )
         expected = wanted.sha256 or _named_hash(path, wanted, endpoint)
@@ -136,10 +137,14 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
 
 def is_cached(wanted: HubFile) -> bool:
     """Whether the file is in the cache of the hub's client."""
+    return _cached(wanted) is not None
+
+
+def _cached(wanted: HubFile) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(wanted.repository, wanted.file, revision=wanted.revision, repo_type=wanted.kind)
-    return isinstance(path, str)
+    return Path(path) if isinstance(path, str) else None
 
 
 def answers() -> bool:
