@@ -122,9 +122,8 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
         }
         message = f"the hub ({endpoint}) answers {status} to {where}.{hints.get(status, '')}"
         raise (Refused if status in hints else Unreachable)(message) from error
-    except (
-        Exception
-    ) as error:  # the disk is full, or the connection broke for good; Xet's errors are plain RuntimeErrors
+    except Exception as error:
+        # The disk is full, or the connection broke for good; Xet's errors are plain RuntimeErrors.
         if isinstance(error, OSError) and error.errno in DISK:
             raise PicogptError(f"cannot write {where} into the cache: {error.strerror}") from error
         transport = type(error).__module__.partition(".")[0] in TRANSPORTS

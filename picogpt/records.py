@@ -17,7 +17,8 @@ from picogpt.files import read_text, write_text
 SCHEMA_VERSION = 1
 HUB_UNREACHABLE = "hub unreachable"
 """Why a number of OpenAI's weights is missing."""
-SOURCE = ("picogpt", "config", "workflow")
+SOURCE = ("picogpt/", "config/", "workflow/")
+"""Where a file counts also that git does not know."""
 NOT_SOURCE = (":!results/reference", ":!media/reference")
 REQUIRED = ("schema_version", "kind", "created", "device", "software", "commit", "dirty", "corpus", "config", "results")
 
@@ -124,7 +125,9 @@ def commit() -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_SOURCE)
-        return git("rev-parse", "HEAD"), bool(changed or git("status", "--porcelain", "--", *SOURCE))
+        changed = git("status", "--porcelain", "--", ".", *NOT_SOURCE).splitlines()
+        # An unknown file is told as `?? picogpt/new.py`; a name with odd characters has quotes around it.
+        dirty = any(not line.startswith("??") or line[3:].strip('"').startswith(SOURCE) for line in changed)
+        return git("rev-parse", "HEAD"), dirty
     except (OSError, subprocess.SubprocessError):
         return None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import os
 import random
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -38,6 +39,13 @@ SMALL_TRAIN = {
     "weight_decay": 0.1,
 }
 SMALL_RUNTIME = {"device": "cpu", "compile": "off", "log_interval": 3, "checkpoint_interval": 7}
+
+
+def copy_source(tree: Path, *parts: str) -> Path:
+    """Copy these folders of the source tree into `tree`, for a test that changes them."""
+    for part in parts:
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return tree
 
 
 def small_experiment(**train: object) -> Experiment:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 PROGRAMS = {"snakemake": "snakemake.cli", "driver": "driver", "rank": "rank"}
@@ -21,8 +22,7 @@ def run(
     program: str, *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """As subprocess.run of the program, with its output captured. Raises subprocess.TimeoutExpired."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(LOADED))
+    context = _server()
     words = [program, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("1", "2"):
@@ -38,6 +38,12 @@ def run(
     return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
 
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(LOADED))
+    return context
+
+
 def _start(words: list[str], working_folder: str, environment: dict[str, str], folder: str) -> None:
     os.chdir(working_folder)
     os.environ.clear()
@@ -50,8 +56,7 @@ def _start(words: list[str], working_folder: str, environment: dict[str, str], f
 
 def loaded() -> list[str]:
     """Of LOADED what the server has loaded, asked in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(LOADED))
+    context = _server()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_tell, args=(sender,))
     process.start()

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import copy_source
 from hub import Hub
 from test_distributed import assert_same
 from test_distributed import run as train
@@ -72,6 +72,14 @@ def registered(contents: list[bytes]) -> fineweb.Dataset:
             "folder": "sample/10BT", "shards": files,
         }
     )  # fmt: skip
+
+
+def source_with(contents: list[bytes], tree: Path) -> Path:
+    """A copy of the source tree whose registry names these shards."""
+    copy_source(tree, "config", "workflow", "picogpt")
+    registry = {fineweb.NAME: registered(contents).model_dump(mode="json")}
+    (tree / "config/fineweb.yaml").write_text(yaml.safe_dump(registry))
+    return tree
 
 
 def hub_path(number: int) -> str:
@@ -505,11 +513,7 @@ def test_two_ranks_on_shards_equal_one_on_a_single_file(joined: Path, whole: Tok
 @pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow]'")
 def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
     """In a copy of the source tree whose registry names two small shards."""
-    tree, folder = tmp_path / "tree", tmp_path / "run"
-    for part in ("config", "workflow", "picogpt"):
-        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
-    registry = {fineweb.NAME: registered(contents[:2]).model_dump(mode="json")}
-    (tree / "config/fineweb.yaml").write_text(yaml.safe_dump(registry))
+    tree, folder = source_with(contents[:2], tmp_path / "tree"), tmp_path / "run"
     (folder / "resources").mkdir(parents=True)
     shutil.copy(gpt2_resources / "gpt2.tiktoken", folder / "resources")
     settings = {

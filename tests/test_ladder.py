@@ -19,6 +19,7 @@ from picogpt.data.tokens import TokenData
 from picogpt.errors import PicogptError
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.loss import linear_cross_entropy
+from picogpt.report import ladder as report_ladder
 from picogpt.report.ladder import LOSS_TOLERANCE, compare_with_baselines
 from picogpt.report.tables import read_references
 from picogpt.report.throughput import draw_throughput
@@ -308,6 +309,13 @@ def test_a_rung_whose_loss_is_another_is_told(monkeypatch, climbed, box: Path, t
     written = texts_of(monkeypatch)
     draw_throughput(str(box), files, [], tmp_path / "box.png")
     assert any("at most 0.2 nats, NOT all within" in text for text in written)
+
+
+def test_where_nothing_is_compared_no_difference_is_told(climbed):
+    flash = json.loads(json.dumps(climbed["flash"]))
+    flash["results"]["loss_difference"] = None  # as without a baseline
+    assert report_ladder.largest_difference({"flash": flash}) is None
+    assert report_ladder.largest_difference({}) is None
 
 
 def test_a_ladder_never_gets_a_rung_from_another_machine(climbed, tmp_path: Path):

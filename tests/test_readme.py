@@ -22,7 +22,7 @@ from typing import NamedTuple
 import hub
 import pytest
 import yaml
-from conftest import ROOT, text_of_words
+from conftest import ROOT, copy_source, text_of_words
 from safetensors.torch import save
 from test_fineweb import hub_path, parquet, registered
 from test_pretrained import CONFIG, REVISION, openai_names, small
@@ -142,9 +142,7 @@ INSTEAD: dict[str, tuple[Callable[[Command], None], str]] = {
 @pytest.fixture
 def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the source tree with small settings and a small text, a hub with small weights, and a user's text."""
-    tree = tmp_path / "picogpt"
-    for part in ("picogpt", "config", "workflow"):
-        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    tree = copy_source(tmp_path / "picogpt", "picogpt", "config", "workflow")
     for part in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / part, tree)
     for path in (tree / "config/models").glob("*.yaml"):

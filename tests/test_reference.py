@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,21 @@ def test_tracked_reference_records_are_whole():
         reference.check(folder)
         reference.check(ROOT / "media/reference" / folder.name)
         read_references(sorted(folder.glob("*.json")))
+
+
+@pytest.mark.parametrize(
+    ("path", "dirty"),
+    [("my.txt", False), ("results/reference/mine/a.json", False), ("picogpt/new.py", True), ("config/models/ours.yaml", True), ("picogpt/records.py", True), ("README.md", True)],
+)  # fmt: skip
+def test_a_checkout_is_dirty_where_its_source_differs(monkeypatch, tmp_path: Path, path: str, dirty: bool):
+    for name in ("picogpt/records.py", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("as committed")
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "--message", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "picogpt/records.py"))
+    assert records.commit()[1] is False
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text("otherwise")
+    assert records.commit()[1] is dirty

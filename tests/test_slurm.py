@@ -17,7 +17,7 @@ import pytest
 import yaml
 from cluster import Cluster
 from conftest import ROOT
-from test_fineweb import HELD_OUT, PAIR, TINY, hub_path, parquet, registered, texts
+from test_fineweb import HELD_OUT, PAIR, TINY, hub_path, parquet, registered, source_with, texts
 from test_train import assert_same_run
 from test_workflow import BOX, NO_HUB, SMALL, SNAKEMAKE
 
@@ -415,11 +415,7 @@ def test_no_job_wants_anything_of_the_network(pipelines, straight: Path, tmp_pat
 def test_shards_of_a_corpus_are_tokenized_side_by_side(cluster: Cluster, prepared: Path, tmp_path: Path):
     """A job each, in a copy of the source tree whose registry names two small shards; only fetching them asks the hub."""
     contents = [parquet(texts(number)) for number in range(2)]
-    tree = tmp_path / "tree"
-    for part in ("config", "workflow", "picogpt"):
-        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
-    registry = {fineweb.NAME: registered(contents).model_dump(mode="json")}
-    (tree / "config/fineweb.yaml").write_text(yaml.safe_dump(registry))
+    tree = source_with(contents, tmp_path / "tree")
     pipeline = Pipeline(cluster, prepared, tmp_path / "shards", "gpu", ("box.yaml",), tree, retries=0)
     shutil.rmtree(pipeline.folder / "resources/fineweb-edu")
     shutil.rmtree(pipeline.folder / "weights/gpt2_tokenizer/pipeline/fineweb-edu")

@@ -400,23 +400,20 @@ def test_a_step_that_is_to_be_skipped_changes_nothing(tokens: TokenData, tmp_pat
         assert all(tensor.isfinite().all() for tensor in now.values())
 
 
-GPT2 = {"kind": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+def gpt2_experiment(batch_size: int) -> Experiment:
+    model = {"kind": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+    train = {"steps": 3, "batch_size": batch_size}
+    return Experiment.model_validate({"model": model, "train": train, "runtime": SMALL_RUNTIME})
 
 
 def test_the_share_of_the_peak_is_the_rate_times_what_a_token_costs(tokens: TokenData, tmp_path: Path, monkeypatch):
-    experiment = Experiment.model_validate(
-        {"model": GPT2, "train": {"steps": 3, "batch_size": 2}, "runtime": SMALL_RUNTIME}
-    )
     monkeypatch.setattr(loop.hardware, "peak_flops", lambda device: 1e9)
-    results = Trainer(experiment, tokens, tmp_path).run()["results"]
+    results = Trainer(gpt2_experiment(2), tokens, tmp_path).run()["results"]
     assert results["mfu"] == results["tokens_per_second"] * results["flops_per_token"] / 1e9
 
 
 def test_too_little_memory_says_what_needs_less(tokens: TokenData, tmp_path: Path):
-    experiment = Experiment.model_validate(
-        {"model": GPT2, "train": {"steps": 3, "batch_size": 6}, "runtime": SMALL_RUNTIME}
-    )
-    trainer = Trainer(experiment, tokens, tmp_path)
+    trainer = Trainer(gpt2_experiment(6), tokens, tmp_path)
 
     def hungry(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("tried to allocate")

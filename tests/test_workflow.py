@@ -16,7 +16,7 @@ import forked
 import hub
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, copy_source
 
 from picogpt import hardware, records
 
@@ -101,8 +101,7 @@ def configure(folder: Path, **change: object) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder where the pipeline has run on the user's own text, from a copy of its files that tests may change."""
     folder = tmp_path_factory.mktemp("pipeline")
-    for part in ("config", "workflow"):
-        shutil.copytree(ROOT / part, folder / "source" / part)
+    copy_source(folder / "source", "config", "workflow")
     configure(folder, corpus=str(corpus))
     run = snakemake(folder)
     assert run.returncode == 0, run.stderr
@@ -119,9 +118,7 @@ def jobs(run: subprocess.CompletedProcess[str]) -> set[str]:
 
 
 def test_bare_snakemake_lists_every_job_in_a_fresh_clone(tmp_path: Path):
-    clone = tmp_path / "clone"
-    for part in ("config", "workflow"):
-        shutil.copytree(ROOT / part, clone / part)
+    clone = copy_source(tmp_path / "clone", "config", "workflow")
     run = subprocess.run([str(SNAKEMAKE), "-n"], cwd=clone, capture_output=True, text=True, check=True)
     expected = {"fetch_corpus", "tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page"}
     expected |= {

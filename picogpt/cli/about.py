@@ -41,7 +41,8 @@ def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
     if as_json:
         here = {
             "size": machine.size_of_machine(),
-            "dtype": _fast_dtype(),
+            # Of a CPU that is known without torch, which takes seconds to load.
+            "dtype": machine.select("cpu" if machines.here()[0] == "cpu" else "auto").dtype,
             "gpus": len(machine.nvidia_gpus()),
             "fits": machines.fitting(),
             "machines": {name: settings.model_dump(mode="json") for name, settings in known.items()},
@@ -66,15 +67,6 @@ def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
             f"fits     none of {', '.join(machines.names())} (config/hardware/); a draft:\n\n{machines.draft()}",
             nl=False,
         )
-
-
-def _fast_dtype() -> str:
-    """The dtype that is fast here; torch, which takes two seconds to load, is asked about GPUs alone."""
-    from picogpt import hardware, machines
-
-    if machines.here()[0] == "cuda":
-        return hardware.select().dtype
-    return "bfloat16" if hardware.cpu_multiplies_bfloat16() else "float32"
 
 
 @click.command()

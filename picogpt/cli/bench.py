@@ -13,6 +13,7 @@ from picogpt.cli.common import (
     RESOURCES,
     load_model,
     model_options,
+    optional_option,
     or_noted,
     require_fitting,
     token_folder,
@@ -32,11 +33,7 @@ def bench() -> None:
 @click.option("--runs", type=click.IntRange(1), default=5, help="Runs, after a short one to warm up.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Streams at once.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the record.")
-@click.option(
-    "--optional",
-    is_flag=True,
-    help="Where the weights of OpenAI are not in the cache of the hub's client, ask nobody: write a record that says so.",
-)
+@optional_option
 def sample(
     kind: str,
     ckpt: Path | None,

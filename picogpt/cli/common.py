@@ -44,6 +44,13 @@ def model_options(function: Function) -> Function:
     return function
 
 
+optional_option = click.option(
+    "--optional",
+    is_flag=True,
+    help="Where the weights of OpenAI are not in the cache of the hub's client, ask nobody: write a record that says so.",
+)
+
+
 def now() -> str:
     """A name for a run made by hand."""
     return datetime.now().strftime("%Y%m%d_%H%M%S")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, or_noted, token_folder
+from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, optional_option, or_noted, token_folder
 from picogpt.errors import PicogptError, UsageError
 
 
@@ -123,11 +123,7 @@ def sample(
 @click.option("-n", "--num-tokens", type=click.IntRange(1), default=100, help="Tokens of each text.")
 @click.option("--seed", type=int, default=1337, help="Of the texts.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a record of the result.")
-@click.option(
-    "--optional",
-    is_flag=True,
-    help="Where the weights of OpenAI are not in the cache of the hub's client, ask nobody: write a record that says so.",
-)
+@optional_option
 def evaluate(
     kind: str,
     ckpt: Path | None,

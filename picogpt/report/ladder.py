@@ -10,8 +10,6 @@ from picogpt.errors import PicogptError
 
 LOSS_TOLERANCE = 0.05
 """Nats by which the last loss of a rung may differ from the baseline's: the same training, rounded otherwise."""
-
-
 SAME = (
     ("device", "name"), ("device", "cores"), ("corpus", "text_sha256"),
     ("config", "model"), ("config", "hardware", "batch_size"), ("config", "hardware", "block_size"),
@@ -64,6 +62,12 @@ def shape(machine: MachineConfig, rungs: Mapping[str, dict[str, Any]]) -> tuple[
     if measured is None:
         return machine.batch_size, machine.block_size
     return measured["batch_size"], measured["block_size"]
+
+
+def largest_difference(rungs: Mapping[str, dict[str, Any]]) -> float | None:
+    """How far the last loss of a rung lies from the baseline's, at most, nats; None where nothing is compared."""
+    compared = (record["results"].get("loss_difference") for record in rungs.values())
+    return max((abs(difference) for difference in compared if difference is not None), default=None)
 
 
 def _require_same(record: dict[str, Any], baseline: dict[str, Any]) -> None:

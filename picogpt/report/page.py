@@ -29,7 +29,7 @@ def write_page(
 
     It sees `sections` (rows of the summary by section), `records` (by kind), `samples` (texts by name), the `values`,
     and `ladders`: for each machine of `hardware`, its settings and its records, those of a reference where there are
-    none from here.
+    none from here; and the `loss_tolerance` of all.
 
     Raises PicogptError when the template asks for something that is not there.
     """
@@ -44,7 +44,6 @@ def write_page(
         name = machines.name_of(argument)
         here = ladder.of(name, by_kind)
         rungs = here or ladder.of(name, references)
-        differences = [abs(record["results"].get("loss_difference") or 0) for record in rungs.values()]
         machine = machines.load(argument)
         batch, block = ladder.shape(machine, rungs)
         ladders.append(
@@ -55,8 +54,7 @@ def write_page(
                 "here": bool(here),
                 "batch": batch,
                 "block": block,
-                "difference": max(differences, default=0),
-                "tolerance": ladder.LOSS_TOLERANCE,
+                "difference": ladder.largest_difference(rungs),
             }
         )
     try:
@@ -64,6 +62,7 @@ def write_page(
             sections={name: list(group) for name, group in groupby(rows, key=lambda row: row["section"])},
             records=by_kind,
             ladders=ladders,
+            loss_tolerance=ladder.LOSS_TOLERANCE,
             samples={name: read_text(path) for name, path in samples.items()},
             **values,
         )

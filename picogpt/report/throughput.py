@@ -158,13 +158,13 @@ def _caption(measured: dict[str, Any], bars: list[dict[str, Any]]) -> str:
         return "published: the write-up of which this is a reproduction; config/published.yaml has its numbers"
     record = next(record for record in measured.values() if record["results"])
     device, software = record["device"], record["software"]
-    differences = [abs(results["loss_difference"]) for results in bars]
-    within = "all within" if max(differences) <= ladder.LOSS_TOLERANCE else "NOT all within"
+    difference = ladder.largest_difference(measured) or 0.0  # there are bars, so there is a baseline
+    within = "all within" if difference <= ladder.LOSS_TOLERANCE else "NOT all within"
     machine = f"{device['name']}, {device['cores']} cores" if device["kind"] == "cpu" else device["name"]
     dirty = " with uncommitted changes" if record["dirty"] else ""
     driver = f", driver {device['driver']}" if device["driver"] else ""
     return (
         f"{machine}{driver}; torch {software['torch']}; commit {(record['commit'] or 'unknown')[:12]}{dirty}; {record['created'][:10]};"
-        f" medians of {len(bars[0]['step_seconds'])} steps.\nLosses differ from the baseline's by at most {max(differences):.1g} nats,"
+        f" medians of {len(bars[0]['step_seconds'])} steps.\nLosses differ from the baseline's by at most {difference:.1g} nats,"
         f" {within} {ladder.LOSS_TOLERANCE}; highest memory {max(results['peak_memory_bytes'] for results in bars) / 2**30:.1f} GiB"
     )

@@ -47,20 +47,21 @@ class RunFolder:
         path = self.path / "record.json"
         if not path.exists():
             return None
+        record: dict[str, Any] = {}
         try:
             record = records.read(path)
-            if record.get("fingerprint") == self.fingerprint:
-                if (self.path / "best.pt").exists():
-                    shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed just before its end
-                    return record
-                if not replace:
-                    raise PicogptError(
-                        f"{self.path} is finished, and its best.pt is gone: bring it back, or --replace trains again"
-                    )
         except PicogptError as error:
             if not replace:
                 raise
             warnings.warn(f"{error}; it is replaced", stacklevel=2)
+        ours = record.get("fingerprint") == self.fingerprint
+        if ours and (self.path / "best.pt").exists():
+            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed just before its end
+            return record
+        if ours and not replace:
+            raise PicogptError(
+                f"{self.path} is finished, and its best.pt is gone: bring it back, or --replace trains again"
+            )
         self._refuse_unless(replace)
         for name in ("record.json", *RESULTS):
             (self.path / name).unlink(missing_ok=True)
