@@ -226,7 +226,9 @@ def run(command: Command) -> None:
         for line, process in zip(lines, started, strict=True):
             out, err = process.communicate(timeout=TIMEOUT_S)
             assert process.returncode == 0, f"{line}\n{out[-2000:]}{err[-4000:]}"
-            assert "Traceback" not in err, f"{line}\n{err[-4000:]}"
+            # At the start of a line, alone or after a rank's name: torchrun logs one, after its own prefix, when
+            # the other node's agent was quicker to end. That is its manner, and no failure.
+            assert not re.search(r"^(\[rank\d+\]: *)?Traceback", err, re.MULTILINE), f"{line}\n{err[-4000:]}"
     finally:
         for process in started:
             process.terminate()  # torchrun ends its ranks

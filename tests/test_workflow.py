@@ -377,6 +377,13 @@ def test_a_wrong_key_is_named(finished: Path):
     assert "'corpuss' was unexpected" in run.stdout + run.stderr
 
 
+def test_a_text_that_is_not_there_is_named(finished: Path):
+    """Also where the tokens of another text lie."""
+    run = snakemake(finished, "media/char_bigram_loss.png", "--config", "corpus=nothere.txt")
+    assert run.returncode == 1
+    assert "there is no text nothere.txt" in run.stdout + run.stderr
+
+
 def test_one_pipeline_at_a_time(tmp_path: Path, corpus: Path):
     configure(tmp_path, corpus=str(corpus))
     (tmp_path / ".snakemake").mkdir()

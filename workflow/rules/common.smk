@@ -46,6 +46,11 @@ def own_text():
 
 def corpus_file():
     """The text that everything stands on: the user's own file, or what is fetched."""
+    if own_text() and not Path(config["corpus"]).is_file():
+        # Snakemake would be content with the tokens of another text, where an earlier run has left some.
+        raise WorkflowError(
+            f"there is no text {config['corpus']}: `corpus` is the path of a UTF-8 file, or a registered name"
+        )
     return config["corpus"] if own_text() else "resources/corpus.txt"
 
 
