@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PROGRAMS = {"snakemake": "snakemake.cli", "driver": "driver", "rank": "rank"}
+PROGRAMS = {"picogpt": "picogpt.cli", "snakemake": "snakemake.cli", "driver": "driver", "rank": "rank"}
 """Modules with a `main` that reads sys.argv, as their scripts call it."""
-LOADED = ("snakemake.cli", "picogpt.cli", "picogpt.train.loop")
+LOADED = ("snakemake.cli", "picogpt.cli", "picogpt.train.loop", "torch._dynamo")
 """What takes long to load; the server does not see this folder."""
 
 
@@ -50,6 +50,10 @@ def _start(words: list[str], working_folder: str, environment: dict[str, str], f
     os.environ.update(environment)
     for descriptor in (1, 2):
         os.dup2(os.open(os.path.join(folder, str(descriptor)), os.O_WRONLY), descriptor)
+    if environment.get("PYTHONPATH"):  # another copy of this project, which would not have been loaded yet
+        sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "picogpt"]:
+            del sys.modules[name]
     sys.argv = words
     importlib.import_module(PROGRAMS[words[0]]).main()
 
