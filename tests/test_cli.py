@@ -158,15 +158,18 @@ def test_a_second_training_in_the_same_folder_is_refused(picogpt, corpus: Path, 
     assert "another process is training in weights/char_bigram/a" in run.err
 
 
-def test_ctrl_c_ends_with_its_status_and_says_how_to_go_on(corpus: Path, tmp_path: Path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_with_its_status_and_says_how_to_go_on(
+    corpus: Path, tmp_path: Path, number: signal.Signals, status: int
+):
     tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
     command = train_command("--steps", "1000000", "--set=runtime.log_interval=1")
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert "before training" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "stopped by SIGINT at step" in errors
+    assert process.returncode == status
+    assert f"stopped by {number.name} at step" in errors
     assert "everything is saved in weights/char_bigram/a/checkpoints: the same command goes on from there" in errors
     assert "Traceback" not in errors
 

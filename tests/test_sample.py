@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,17 @@ def test_the_command_line(trained, picogpt, tmp_path: Path):
     assert cut.removeprefix(long) == end.removeprefix(long[-16:])
     assert picogpt("sample", "char-bigram", "-n", 5, "--prompt", "the king", "--out", "o.txt").out == ""
     assert (tmp_path / "o.txt").read_text() == continued[:-1]
+
+
+def test_torchs_compiler_is_not_loaded(trained):
+    """It would be a third of the time to the first token."""
+    script = (
+        "import sys; from picogpt import cli; cli.cli(sys.argv[1:], standalone_mode=False);"
+        "print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, "sample", "char-transformer", "-n", "5"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "True False"
 
 
 @pytest.mark.parametrize(

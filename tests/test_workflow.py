@@ -455,14 +455,23 @@ def test_on_a_cluster_the_profile_says_what_is_measured(tmp_path: Path, profile:
 
 def test_all_machines_of_the_write_up_are_planned_on_a_cluster(tmp_path: Path):
     names = sorted(path.stem for path in (ROOT / "config/hardware").glob("*.yaml"))
-    values = ["size=gpu", "gpus=2", "gpu_model=h100", f"ladder={{hardware: [{', '.join(names)}]}}"]
+    # What a cluster may call them; where nothing is said, any GPU serves.
+    models = {"h100": "hopper", "h100x16": "sxm", "a30": "ampere", "default": "cheap"}
+    values = ["size=gpu", "gpus=2", f"gpu_model={json.dumps(models)}", f"ladder={{hardware: [{', '.join(names)}]}}"]
     plan = on_a_cluster(tmp_path, "slurm", "-p", "--config", *values)
     ranks = "torchrun --nproc_per_node=2 --max-restarts=1 --shutdown-timeout=100 --standalone -m picogpt train gpt2"
     assert ranks in plan
     assert f"bench_train {rungs_of(*names)}" in plan
-    two_nodes = re.search(r"output: results/records/ladder/h100x16/baseline\.json .*? resources: (.*?)\[", plan)
-    assert two_nodes
-    assert {"nodes=2", "gpu=16", "tasks=2", "mpi=srun", "cpus_per_task=64"} <= set(re.split(r",? ", two_nodes[1]))
+    outputs = {name: f"results/records/ladder/{name}/baseline.json" for name in names}
+    outputs["default"] = "weights/char_bigram/pipeline/best.pt"
+    asked = {}
+    for name, output in outputs.items():
+        resources = re.search(rf"output: {re.escape(output)}[ ,].*? resources: (.*?)\[", plan)
+        assert resources, output
+        asked[name] = dict(pair.split("=", 1) for pair in re.split(r",? ", resources[1]) if "=" in pair)
+    two_nodes = {"nodes": "2", "gpu": "16", "tasks": "2", "mpi": "srun", "cpus_per_task": "64"}
+    assert asked["h100x16"].items() >= two_nodes.items()
+    assert {name: resources.get("gpu_model") for name, resources in asked.items()} == dict.fromkeys(names) | models
 
 
 def test_several_nodes_without_a_cluster_say_what_is_missing(finished: Path):

@@ -113,6 +113,8 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 def rotary_tables(block_size: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, each (block_size, head_size / 2), of the angle of every position and frequency."""
+    if torch.get_default_device().type == "meta":  # see shapes_only: the power would have torch load its compiler
+        return torch.empty(block_size, head_size // 2), torch.empty(block_size, head_size // 2)
     frequencies = ROTARY_BASE ** -torch.linspace(0, 1, head_size // 2)
     angles = torch.outer(torch.arange(block_size).float(), frequencies)
     return angles.cos(), angles.sin()

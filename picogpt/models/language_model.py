@@ -51,9 +51,12 @@ def shapes_only() -> Iterator[None]:
 
 
 class _NothingDrawn(TorchFunctionMode):
-    # Drawing no numbers should cost nothing, but the first time it has torch load a second's worth of modules.
+    # Drawing no numbers should cost nothing, but the first time it has torch load its compiler, for a second or two.
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if function is torch.Tensor.normal_ else function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function is torch.Tensor.normal_ or getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def check_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
