@@ -55,5 +55,7 @@ $(READY): pyproject.toml constraints.txt
 	@command -v c++ >/dev/null \
 	  || echo "no C++ compiler (c++) is here: everything works, but torch.compile cannot make training on a CPU faster" >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[workflow,slurm,kubernetes,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[workflow,slurm,kubernetes,test]'
+	@# pip compiles file after file; on all cores it takes a fraction. Some packages carry files that cannot be compiled.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@

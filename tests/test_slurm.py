@@ -35,7 +35,7 @@ pytestmark = [
 BIN = Path(sys.executable).parent
 # Nodes of their own, so that tests that go on side by side do not meet; but two jobs of two nodes each, which share theirs.
 PARTITIONS = {
-    "gpu": ("gpu1", "gpu2"), "limit": ("pair1", "pair2"), "cancel": ("pair1", "pair2"), "down": ("down1", "down2"),
+    "gpu": ("gpu1", "gpu2"), "limit": ("pair1", "pair2"), "cancel": ("pair1", "pair2"), "down": ("down1", "down2", "down3"),
     "drain": ("drain1", "drain2"), "killed": ("killed1",), "low": ("low1", "low2"), "urgent": ("low1",), "billed": ("gpu1", "gpu2"),
 }  # fmt: skip
 TRAIN = [*TINY, "runtime.threads=1", "train.steps=8", "train.eval_interval=4"]
@@ -220,8 +220,8 @@ def begun(pipelines: dict[str, Pipeline]) -> Iterator[dict[str, Started]]:
         "limit": pipelines["limit"].start_held(FINEWEB),
         "cancel": pipelines["cancel"].start_held(FINEWEB),
         "killed": pipelines["killed"].start_held(TRANSFORMER, PICOGPT_TEST_DEAF="1"),
-        "low": pipelines["low"].start_held(FINEWEB),
-        **{name: pipelines[name].start_held(TRANSFORMER) for name in ("down", "drain")},
+        "drain": pipelines["drain"].start_held(TRANSFORMER),
+        **{name: pipelines[name].start_held(FINEWEB) for name in ("down", "low")},
     }
     yield processes
     for started in processes.values():
@@ -254,10 +254,11 @@ def test_two_time_limits_are_met(pipelines, begun, cluster: Cluster):
         cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 1}")
 
 
-def test_the_jobs_of_a_node_that_goes_down_go_on_elsewhere(pipelines, begun, cluster: Cluster):
+def test_a_training_on_two_nodes_of_which_one_goes_down_goes_on_elsewhere(pipelines, begun, cluster: Cluster):
     pipeline = pipelines["down"]
     pipeline.held(begun["down"])
-    (job,), (node,) = pipeline.ask("%A"), pipeline.ask("%N")
+    (job,), (nodes,) = pipeline.ask("%A"), pipeline.ask("%N")
+    _, node = cluster.ask("scontrol", "show", "hostnames", nodes).split()
     cluster.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     slurm.wait_for(lambda: not pipeline.lives(), "the end of a job", cluster)
     slurm.wait_for(lambda: pipeline.ask("%A", "PD") == [job], "the job in the queue again", cluster)
@@ -297,8 +298,8 @@ def test_a_training_on_two_nodes_that_makes_room_on_one_of_them_goes_on(pipeline
     # The step that it was before, and not one more.
     assert saved_step(pipeline, FINEWEB) == HELD_AT[FINEWEB] + 1
     pipeline.go()
-    (job,) = pipeline.ask("%A", "PD")  # SLURM has put it back itself
-    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+    for job in pipeline.ask("%A", "PD"):
+        cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
     status, out = begun["low"].end()
     assert status == 0, out
     assert sessions(pipeline, FINEWEB) == 2
@@ -478,10 +479,10 @@ def test_trainings_that_were_stopped_equal_one_that_was_not(pipelines, begun, st
     """The weights bit for bit, and every line of the metrics: the curve has no seam."""
     status, out = begun["down"].end()
     assert status == 0, out
-    assert sessions(pipelines["down"], TRANSFORMER) == 2
-    for name in ("down", "drain", "killed"):
+    assert sessions(pipelines["down"], FINEWEB) == 2
+    for name in ("drain", "killed"):
         assert_same_run(pipelines[name].folder / TRANSFORMER, straight / TRANSFORMER)
-    for name in ("cancel", "low"):
+    for name in ("cancel", "down", "low"):
         assert_same_run(pipelines[name].folder / FINEWEB, straight / FINEWEB)
 
 
