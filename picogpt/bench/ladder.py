@@ -143,8 +143,8 @@ class Rung:
         assert isinstance(model, GPT2)
         model.loss = setup.loss
         attention = setup.attention
-        if setup.compile and attention is attend and device.kind == "cpu":
-            attention = torch.compiler.disable(attend)  # inside a graph it would be torch's own kernel
+        if setup.compile and attention is attend and device.kind == "cpu" and setup.bfloat16:
+            attention = torch.compiler.disable(attend)  # inside a graph it would be torch's own kernel, as in float32
             # Otherwise every layer, by its number, would be a program of its own, and of those after the eighth none is made.
             torch._dynamo.config.allow_unspec_int_on_nn_module = True
         for module in model.modules():

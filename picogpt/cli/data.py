@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +70,11 @@ def fetch(
     if shards or FINEWEB in names:
         names = _with_shards(names, shards)
     if check:
+        from picogpt import hub
+
+        answers = functools.cache(hub.answers)  # asked once for all names
         for name in names:
-            click.echo(_state(name, folder))
+            click.echo(_state(name, folder, answers))
         return
     if status:
         write_text(status, "".join(f"{name}: {_had(name, folder, status)}\n" for name in names))
@@ -143,12 +147,12 @@ def _had(name: str, folder: Path, status: Path) -> str:
     return "here"
 
 
-def _state(name: str, folder: Path) -> str:
+def _state(name: str, folder: Path, hub_answers: Callable[[], bool]) -> str:
     """here, reachable or unreachable; asks for no more than an answer."""
     if file := _hub_file(name):
         from picogpt import hub
 
-        return "here" if hub.is_cached(file) else "reachable" if hub.answers() else "unreachable"
+        return "here" if hub.is_cached(file) else "reachable" if hub_answers() else "unreachable"
     from picogpt.data import assets
 
     asset = assets.find(name)

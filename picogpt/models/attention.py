@@ -24,10 +24,17 @@ def attend(
     if cache is not None:
         k, v = cache.update(layer, k, v)
         return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=cache.mask, is_causal=cache.causal)
-    eager = not torch.compiler.is_compiling()
-    if eager and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and not dropout:
+    if in_blocks(q) and torch.is_grad_enabled() and q.requires_grad and not dropout:
         return BlockedAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+def in_blocks(q: torch.Tensor) -> bool:
+    """Whether BlockedAttention is faster than torch's flash kernel for such queries: on a CPU, in bfloat16, outside of a graph.
+
+    In float32 they take the same time, and the flash kernel less memory (docs/performance.md).
+    """
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import yaml
 from filelock import FileLock, Timeout
@@ -72,6 +73,11 @@ def picogpt(*arguments):
     return answer.stdout.strip()
 
 
+def start(*arguments):
+    """The same in the background, as its start takes a second: `result()` waits for the answer."""
+    return ThreadPoolExecutor(1).submit(picogpt, *arguments)
+
+
 def hub_state():
     """
     Whether the hub is to be asked: unreachable, or else which try it is. While what it gave is here, that one; and
@@ -81,13 +87,18 @@ def hub_state():
         return "not asked by a job on a cluster"
     status = Path("resources/pretrained.txt")
     lines = status.read_text().splitlines() if status.exists() else []
-    state = picogpt("fetch", "--check", "pretrained")
+    state = at_hub("pretrained")
     refused = f": refused: the hub ({os.environ.get('HF_ENDPOINT', 'https://huggingface.co')})"
     if lines and (lines[0].endswith(": here") and state != "reachable" or refused in lines[0]):
         return lines[-1]
     if state == "unreachable":
         return state
     return f"reachable, after {status.stat().st_mtime:.0f}" if lines else "reachable"
+
+
+def at_hub(name):
+    """What of the hub's files is here, or else whether it answers; not for a job on a cluster."""
+    return dict(zip(HUB_NAMES, HUB.result().splitlines(), strict=True))[name]
 
 
 def what_is_here():
@@ -192,7 +203,10 @@ def ranks_for(gpus):
     return max(fitting, default=1)
 
 
-# What is here: which settings of a model fit it, how many GPUs, which files of config/hardware/; and all those files.
+# Asked before there is a plan: the hub, and what is here: which settings of a model fit it, how many GPUs, which files of
+# config/hardware/; and all those files.
+HUB_NAMES = ["pretrained", "fineweb-edu"]
+HUB = None if workflow.remote_exec else start("fetch", "--check", *HUB_NAMES, "--shard", "0")
 ASKED = config["ladder"]["hardware"]
 HERE = what_is_here()
 SIZE = HERE["size"] if config["size"] == "auto" else config["size"]

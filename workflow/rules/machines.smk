@@ -88,7 +88,7 @@ def fineweb_at_hand():
     """Whether the text of the long training is here or can be had; a job on a cluster was sent because it is."""
     if workflow.remote_exec or Path(f"{GPT2_TOKENS}/fineweb-edu/manifest.json").exists():
         return True
-    return picogpt("fetch", "--check", "fineweb-edu", "--shard", "0") != "unreachable"
+    return at_hub("fineweb-edu") != "unreachable"
 
 
 # Measured here, and shown with a long training; without its text the report says "not measured here".
