@@ -104,7 +104,7 @@ class Cluster:
     def ask(self, *command: str) -> str:
         """What a SLURM command answers."""
         run = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, **self.environment}, timeout=60
+            command, capture_output=True, text=True, env={**os.environ, **self.environment}, timeout=LONGEST_S
         )
         if run.returncode:
             raise RuntimeError(f"{' '.join(command)}: {run.stderr or run.stdout}\n{self.logs()}")

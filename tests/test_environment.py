@@ -1,8 +1,11 @@
 """The three ways to install name the same packages: pip with constraints, pixi, and Snakemake's own environments."""
 
+import os
 import re
 import tomllib
 
+import cluster
+import pytest
 import yaml
 from conftest import ROOT
 
@@ -44,3 +47,15 @@ def test_the_profile_of_pixi_and_of_make_run_the_same_commands():
         recipe = re.search(rf"^{task}:.*\n\t\$\(BIN\)/(.+)$", makefile, re.MULTILINE)
         assert recipe, task
         assert recipe[1] == tasks[task]["cmd"]
+
+
+def test_without_root_or_packages_the_tests_of_clusters_say_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "needs root" in cluster.missing()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for name in (*cluster.DAEMONS, *cluster.CLIENTS):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setattr(cluster, "PATH", str(tmp_path))
+    assert cluster.missing() == ""
+    (tmp_path / "slurmd").unlink()
+    assert cluster.missing() == "not installed: slurmd (Debian: slurmctld, slurmd, slurm-client, munge)"
