@@ -335,64 +335,6 @@ def test_a_cancelled_training_on_two_nodes_goes_on_at_the_next_run(pipelines, be
     assert sessions(pipeline, FINEWEB) == 2
 
 
-def test_what_cannot_run_says_what_to_change(begun, cluster: Cluster, prepared: Path, tmp_path: Path):
-    unknown = Pipeline(cluster, prepared, tmp_path / "unknown", "nowhere", ("box.yaml",), retries=0)
-    unpaid = Pipeline(cluster, prepared, tmp_path / "unpaid", "billed", ("box.yaml",), retries=0)
-    target = f"{BIGRAM}/record.json"
-    nobody = Pipeline(cluster, prepared, tmp_path / "nobody", "gpu", ("box.yaml",), account="nobody", retries=0)
-    # What a cluster with accounting answers to who may pay.
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/sacctmgr").write_text("#!/bin/sh\necho project1\n")
-    (tmp_path / "bin/sacctmgr").chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{nobody.environment['PATH']}"
-    processes = [unknown.start(target), unpaid.start(target), nobody.start(target, PATH=path)]
-    status, out = processes[0].end()
-    assert (status, "invalid partition specified: nowhere" in out) == (1, True), out
-    assert "slurm_partition in workflow/profiles/slurm/config.yaml must be one of the cluster's: sinfo -s" in out
-    status, out = processes[1].end()
-    assert (status, "partition billed takes no job without an account" in out) == (1, True), out
-    assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
-    status, out = processes[2].end()
-    assert (status, "The given account nobody appears to be invalid" in out) == (1, True), out
-    assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
-    # The list of the profile is gone, and this machine would speak for the cluster.
-    status, out = unknown.run(target, "--config", "size=cpu")
-    assert (status, "gpus: auto, ladder: hardware: auto would ask this machine" in out) == (1, True), out
-
-
-def test_a_machine_that_is_not_what_its_name_says(cluster: Cluster, prepared: Path, tmp_path: Path):
-    machines = ("crowd.yaml", "duo.yaml", "grid.yaml", "h100")
-    pipeline = Pipeline(cluster, prepared, tmp_path / "wrong", "gpu", machines, retries=0)
-    targets = [f"results/records/ladder/{Path(name).stem}/baseline.json" for name in machines]
-    (tmp_path / "ranks").mkdir()
-    status, out = pipeline.run(*targets, "--keep-going", PICOGPT_TEST_RANKS=str(tmp_path / "ranks"))
-    assert status == 1
-    # Two ranks on one node and four on two were there before they refused, each beside the GPUs of its node.
-    ranks = {path.name: path.read_text() for path in (tmp_path / "ranks").iterdir()}
-    assert ranks == {
-        **{"0 of 2": "0 of 0,1", "1 of 2": "1 of 0,1"},
-        **{"0 of 4": "0 of 0,1", "1 of 4": "1 of 0,1", "2 of 4": "0 of 0,1", "3 of 4": "1 of 0,1"},
-    }
-    assert "hardware grid is grid (cuda, .*), and this device is" in out
-    assert "hardware h100 is H100 (cuda, NVIDIA H100" in out
-    assert "), and this device is" in out
-    assert "gpu_model in the profile asks for the right GPUs" in out
-    assert "Requested node configuration is not available" in out  # three GPUs of a node with two
-    assert "--gpus=h100:3" in out
-    assert "no node of the partition has so many GPUs" in out
-
-
-@pytest.mark.parametrize(("wait", "status"), [(60, 0), (1, 1)])
-def test_a_file_that_appears_late_is_waited_for(
-    cluster: Cluster, prepared: Path, tmp_path: Path, wait: int, status: int
-):
-    settings = {"latency-wait": wait, "retries": 0}
-    pipeline = Pipeline(cluster, prepared, tmp_path / "late", "gpu", ("box.yaml",), **settings)
-    found, out = pipeline.run(f"{BIGRAM}/record.json", PICOGPT_TEST_LATE="record.json:6")
-    assert found == status, out
-    assert ("--latency-wait" in out) == (status == 1), out
-
-
 def test_all_of_the_pipeline_on_one_device_two_ranks_and_two_nodes(straight: Path):
     ranks = {
         name: records.read(straight / f"results/records/ladder/{name}/baseline.json")["ranks"]
@@ -511,3 +453,61 @@ def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelin
     alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert alone.returncode == 0, alone.stderr
     assert_same_run(run, tmp_path / "run")
+
+
+def test_what_cannot_run_says_what_to_change(begun, cluster: Cluster, prepared: Path, tmp_path: Path):
+    unknown = Pipeline(cluster, prepared, tmp_path / "unknown", "nowhere", ("box.yaml",), retries=0)
+    unpaid = Pipeline(cluster, prepared, tmp_path / "unpaid", "billed", ("box.yaml",), retries=0)
+    target = f"{BIGRAM}/record.json"
+    nobody = Pipeline(cluster, prepared, tmp_path / "nobody", "gpu", ("box.yaml",), account="nobody", retries=0)
+    # What a cluster with accounting answers to who may pay.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sacctmgr").write_text("#!/bin/sh\necho project1\n")
+    (tmp_path / "bin/sacctmgr").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{nobody.environment['PATH']}"
+    processes = [unknown.start(target), unpaid.start(target), nobody.start(target, PATH=path)]
+    status, out = processes[0].end()
+    assert (status, "invalid partition specified: nowhere" in out) == (1, True), out
+    assert "slurm_partition in workflow/profiles/slurm/config.yaml must be one of the cluster's: sinfo -s" in out
+    status, out = processes[1].end()
+    assert (status, "partition billed takes no job without an account" in out) == (1, True), out
+    assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
+    status, out = processes[2].end()
+    assert (status, "The given account nobody appears to be invalid" in out) == (1, True), out
+    assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
+    # The list of the profile is gone, and this machine would speak for the cluster.
+    status, out = unknown.run(target, "--config", "size=cpu")
+    assert (status, "gpus: auto, ladder: hardware: auto would ask this machine" in out) == (1, True), out
+
+
+def test_a_machine_that_is_not_what_its_name_says(cluster: Cluster, prepared: Path, tmp_path: Path):
+    machines = ("crowd.yaml", "duo.yaml", "grid.yaml", "h100")
+    pipeline = Pipeline(cluster, prepared, tmp_path / "wrong", "gpu", machines, retries=0)
+    targets = [f"results/records/ladder/{Path(name).stem}/baseline.json" for name in machines]
+    (tmp_path / "ranks").mkdir()
+    status, out = pipeline.run(*targets, "--keep-going", PICOGPT_TEST_RANKS=str(tmp_path / "ranks"))
+    assert status == 1
+    # Two ranks on one node and four on two were there before they refused, each beside the GPUs of its node.
+    ranks = {path.name: path.read_text() for path in (tmp_path / "ranks").iterdir()}
+    assert ranks == {
+        **{"0 of 2": "0 of 0,1", "1 of 2": "1 of 0,1"},
+        **{"0 of 4": "0 of 0,1", "1 of 4": "1 of 0,1", "2 of 4": "0 of 0,1", "3 of 4": "1 of 0,1"},
+    }
+    assert "hardware grid is grid (cuda, .*), and this device is" in out
+    assert "hardware h100 is H100 (cuda, NVIDIA H100" in out
+    assert "), and this device is" in out
+    assert "gpu_model in the profile asks for the right GPUs" in out
+    assert "Requested node configuration is not available" in out  # three GPUs of a node with two
+    assert "--gpus=h100:3" in out
+    assert "no node of the partition has so many GPUs" in out
+
+
+@pytest.mark.parametrize(("wait", "status"), [(60, 0), (1, 1)])
+def test_a_file_that_appears_late_is_waited_for(
+    cluster: Cluster, prepared: Path, tmp_path: Path, wait: int, status: int
+):
+    settings = {"latency-wait": wait, "retries": 0}
+    pipeline = Pipeline(cluster, prepared, tmp_path / "late", "gpu", ("box.yaml",), **settings)
+    found, out = pipeline.run(f"{BIGRAM}/record.json", PICOGPT_TEST_LATE="record.json:6")
+    assert found == status, out
+    assert ("--latency-wait" in out) == (status == 1), out
