@@ -86,6 +86,10 @@ def missing() -> str:
     """What is not here of what a cluster needs; empty where it is all here."""
     if os.geteuid() != 0:
         return "a SLURM cluster of one's own needs root"
+    try:
+        socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return f"the name of this machine, {socket.gethostname()}, has no address: ranks on several nodes meet by it"
     absent = [name for name in (*DAEMONS, *CLIENTS) if shutil.which(name, path=PATH) is None]
     return f"not installed: {', '.join(absent)} (Debian: slurmctld, slurmd, slurm-client, munge)" if absent else ""
 

@@ -59,3 +59,5 @@ def test_without_root_or_packages_the_tests_of_clusters_say_what_is_missing(monk
     assert cluster.missing() == ""
     (tmp_path / "slurmd").unlink()
     assert cluster.missing() == "not installed: slurmd (Debian: slurmctld, slurmd, slurm-client, munge)"
+    monkeypatch.setattr("socket.gethostname", lambda: "nowhere.invalid")
+    assert "the name of this machine, nowhere.invalid, has no address" in cluster.missing()
