@@ -56,8 +56,13 @@ def test_without_root_or_packages_the_tests_of_clusters_say_what_is_missing(monk
     for name in (*cluster.DAEMONS, *cluster.CLIENTS):
         (tmp_path / name).touch(mode=0o755)
     monkeypatch.setattr(cluster, "PATH", str(tmp_path))
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.0.1")
     assert cluster.missing() == ""
     (tmp_path / "slurmd").unlink()
     assert cluster.missing() == "not installed: slurmd (Debian: slurmctld, slurmd, slurm-client, munge)"
-    monkeypatch.setattr("socket.gethostname", lambda: "nowhere.invalid")
-    assert "the name of this machine, nowhere.invalid, has no address" in cluster.missing()
+
+    def unknown(name: str) -> str:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.gethostbyname", unknown)
+    assert "the name of this machine, " in cluster.missing()

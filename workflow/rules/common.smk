@@ -73,11 +73,6 @@ def picogpt(*arguments):
     return answer.stdout.strip()
 
 
-def start(*arguments):
-    """The same in the background, as its start takes a second: `result()` waits for the answer."""
-    return ThreadPoolExecutor(1).submit(picogpt, *arguments)
-
-
 def hub_state():
     """
     Whether the hub is to be asked: unreachable, or else which try it is. While what it gave is here, that one; and
@@ -203,10 +198,14 @@ def ranks_for(gpus):
     return max(fitting, default=1)
 
 
-# Asked before there is a plan: the hub, and what is here: which settings of a model fit it, how many GPUs, which files of
+# Asked before there is a plan: the hub, in the background as that takes a second, and what is here: which settings of a model fit it, how many GPUs, which files of
 # config/hardware/; and all those files.
 HUB_NAMES = ["pretrained", "fineweb-edu"]
-HUB = None if workflow.remote_exec else start("fetch", "--check", *HUB_NAMES, "--shard", "0")
+HUB = (
+    None
+    if workflow.remote_exec
+    else ThreadPoolExecutor(1).submit(picogpt, "fetch", "--check", *HUB_NAMES, "--shard", "0")
+)
 ASKED = config["ladder"]["hardware"]
 HERE = what_is_here()
 SIZE = HERE["size"] if config["size"] == "auto" else config["size"]
