@@ -5,15 +5,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: report test test-slurm check format reference clean help
+.PHONY: report test test-slurm check format rulegraph reference clean help
 
 help:
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
 	@echo "make test     set up, then run the tests"
 	@echo "make test-slurm set up, then run the tests that start a SLURM cluster (Debian: slurmctld slurmd slurm-client munge)"
-	@echo "make check    set up, then lint, types, workflow and schemas"
+	@echo "make check    set up, then check style and types of Python and Snakemake files"
 	@echo "make reference  keep what was measured here in results/reference/ and media/reference/, to be committed"
 	@echo "make format   set up, then format Python and Snakemake files"
+	@echo "make rulegraph  set up, then draw docs/rulegraph.svg again (needs dot of Graphviz)"
 	@echo "make clean    delete what the pipeline wrote; runs made by hand and resources/ stay"
 
 report: $(READY)
@@ -30,22 +31,23 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/snakefmt --check workflow
-	$(BIN)/snakemake --lint
-	$(BIN)/picogpt schema --check config/schemas
+	$(BIN)/snakefmt --check Snakefile workflow
 
 format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
-	$(BIN)/snakefmt workflow
+	$(BIN)/snakefmt Snakefile workflow
+
+rulegraph: $(READY)
+	$(BIN)/python docs/rulegraph.py > docs/rulegraph.svg
 
 reference: $(READY)
 	$(BIN)/picogpt reference
 
 clean:
 	rm -rf weights/*/pipeline logs results/samples results/records results/report.md results/summary.csv \
-	  media/char_bigram_loss.png media/char_transformer_loss.png media/char_transformer_sample.txt \
-	  media/gpt2_*_loss.png media/gpt2_*_sample.txt media/gpt2_*_throughput.png media/data_scaling.png
+	  media/char_*_loss.png media/char_*_sample.txt \
+	  media/gpt2_*_loss.png media/gpt2_*_sample.txt media/gpt2_*_throughput.png
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null \
@@ -55,7 +57,7 @@ $(READY): pyproject.toml constraints.txt
 	@command -v c++ >/dev/null \
 	  || echo "no C++ compiler (c++) is here: everything works, but torch.compile cannot make training on a CPU faster" >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[workflow,slurm,kubernetes,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[workflow,slurm,test]'
 	@# pip compiles file after file; on all cores it takes a fraction. Some packages carry files that cannot be compiled.
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@

@@ -1,7 +1,6 @@
 """The settings of an experiment: typed, checked, documented; the one source of truth.
 
-A YAML file becomes an `Experiment`; `--set train.seed=7` overrides a value; the JSON schemas in
-`config/schemas/` are written from the same types.
+A YAML file becomes an `Experiment`; `--set train.seed=7` overrides a value.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -163,89 +163,6 @@ class Experiment(Settings):
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-class PipelineModel(Settings):
-    """What the pipeline does with one model."""
-
-    config: str = Field("auto", description="a file of config/models/; auto: the one for this machine")
-    set: list[str] = Field([], description="overrides, as for --set: [train.steps=100]")
-    sample_characters: int = Field(ge=1, description="length of the sample from the trained model")
-    untrained_characters: int = Field(ge=1, description="length of the sample from the initial weights")
-
-
-class PipelineGPT2(Settings):
-    """What the pipeline does with GPT-2, its own and OpenAI's."""
-
-    config: str = Field("auto", description="a file of config/models/; auto: the one for this machine")
-    set: list[str] = Field([], description="overrides, as for --set: [train.steps=100]")
-    sample_tokens: int = Field(ge=1, description="length of the sample from the trained model")
-    prompts: Annotated[list[str], Field(min_length=1)] = Field(description="continued by both models, side by side")
-    prompt_tokens: int = Field(ge=1, description="length of each continuation")
-    dtypes: Annotated[list[Literal["float32", "bfloat16", "int8"]], Field(min_length=1)] = Field(
-        description="in which loss and sampling speed are measured; the first one stands in the comparison"
-    )
-    throughput_tokens: int = Field(ge=1, description="tokens of a run of the sampling benchmark")
-    throughput_runs: int = Field(ge=2, description="runs of the sampling benchmark")
-    throughput_streams: int = Field(
-        ge=2, description="texts sampled at once, in the dtype that is fast here, in one more benchmark"
-    )
-
-
-class PipelineLadder(Settings):
-    """What the pipeline measures of the training ladder."""
-
-    hardware: Literal["auto"] | list[str] = Field(
-        "auto",
-        description="files of config/hardware/ to measure, or paths of your own; auto: those that fit this machine",
-    )
-    set: list[str] = Field([], description="overrides of the model, as for --set: [model.n_layer=2]")
-
-
-class PipelineData(Settings):
-    """How the pipeline measures the cost of data."""
-
-    characters: int = Field(ge=1, description="the text is repeated up to so many, to be tokenized")
-    shards: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
-        description="numbers of simulated shards, small files in a temporary folder"
-    )
-    windows: int = Field(ge=1, description="windows of 1,024 tokens in a batch")
-    runs: int = Field(ge=1, description="of tokenizing, on each number of cores")
-
-
-class PipelineFineweb(Settings):
-    """Which part of FineWeb-Edu the pipeline tokenizes, where a target asks for it."""
-
-    shards: int = Field(ge=1, description="the first so many of 14, 0.7 billion tokens each")
-    val_documents: int = Field(
-        1000, ge=1, description="of the first shard, for validation; about a thousand tokens each"
-    )
-    set: list[str] = Field([], description="overrides of the training on it, as for --set: [train.steps=100]")
-
-
-class Pipeline(Settings):
-    """`config/config.yaml`: what the pipeline runs."""
-
-    corpus: Annotated[list[str], Field(min_length=1)] | str = Field(
-        description="registered corpora, the first that can be had is taken; or the path of your own UTF-8 text, as my.txt"
-    )
-    drop_unseen: bool = Field(
-        False, description="leave out of the validation text the characters that the training text lacks"
-    )
-    run: str = Field("pipeline", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the folders in weights/")
-    size: Literal["auto", "cpu", "gpu"] = Field("auto", description="which settings of a model; auto: by what is here")
-    gpus: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="GPUs of one machine that the training of gpt2 takes; auto: those that are here"
-    )
-    gpu_model: str | dict[str, str] = Field(
-        "", description="what a cluster calls its GPUs, as in sinfo -o %G; or by file of config/hardware/ and default"
-    )
-    char_bigram: PipelineModel
-    char_transformer: PipelineModel
-    gpt2: PipelineGPT2
-    ladder: PipelineLadder = PipelineLadder()
-    data: PipelineData
-    fineweb: PipelineFineweb
-
-
 RUNGS = (
     "baseline", "tf32", "bf16", "compile", "flash", "padded_vocab", "fused_adamw",
     "fused_loss", "best_attention", "kept_memory", "cuda_graphs", "max_autotune",
@@ -297,24 +214,34 @@ class MachineConfig(Settings):
         return self.nodes * self.ranks
 
 
-SCHEMAS: dict[str, type[Settings]] = {"hardware": MachineConfig, "experiment": Experiment, "pipeline": Pipeline}
-
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def config_folder() -> Path:
-    """The folder `config/`: of the source tree, or the copy inside an installed package."""
+    """The folder `config/`: $PICOGPT_CONFIG, or that of the source tree, or the copy inside an installed package."""
+    if chosen := os.environ.get("PICOGPT_CONFIG"):
+        return Path(chosen)
     package = Path(__file__).resolve().parent
     installed = package / "_config"
     return installed if installed.is_dir() else package.parent / "config"
 
 
-def model_config_file(kind: str, size: str) -> Path:
-    """The shipped settings of a model; `size` is cpu or gpu, for the models that have two."""
-    stem = kind.replace("-", "_")
-    folder = config_folder() / "models"
-    single = folder / f"{stem}.yaml"
-    return single if single.exists() else folder / f"{stem}_{size}.yaml"
+def model_file(name: str | Path, size: str = "cpu") -> Path:
+    """The settings file that `name` stands for: a path, or the name of a file in `config/models/` such as gpt2_fineweb.
+
+    `size` (cpu or gpu) chooses between the two files of a model that has one for each kind of machine.
+
+    Raises UsageError, with the names that there are, when it is neither.
+    """
+    path, folder = Path(name), config_folder() / "models"
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        return path
+    stem = str(name).replace("-", "_")
+    shipped = [file for file in (folder / f"{stem}.yaml", folder / f"{stem}_{size}.yaml") if file.exists()]
+    if not shipped:
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise UsageError(f"there are no settings called {name}: give the path of a YAML file, or one of {names}")
+    return shipped[0]
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -358,12 +285,6 @@ def describe(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, 
             default = "" if field.is_required() else json.dumps(field.default)
             choices = f" [{'|'.join(get_args(field.annotation))}]" if get_origin(field.annotation) is Literal else ""
             yield prefix + name, default, (field.description or "") + choices
-
-
-def json_schema(name: str) -> str:
-    """The JSON schema of `SCHEMAS[name]`, as text."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **SCHEMAS[name].model_json_schema()}
-    return json.dumps(schema, indent=2) + "\n"
 
 
 def _override(tree: dict, override: str) -> None:

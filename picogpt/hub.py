@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from picogpt.config import GPT2Config, Settings, config_folder, parse, read_yaml
 from picogpt.errors import PicogptError, Refused, Unreachable, innermost
-from picogpt.files import sha256_file
+from picogpt.files import read_text, sha256_file, write_text
 
 FILE = "model.safetensors"
 HUB_TIMEOUT_S = 5
@@ -58,6 +58,24 @@ class Pretrained(Settings):
         return HubFile(self.repository, FILE, self.revision, self.sha256, f"picogpt fetch {name}")
 
 
+class Answer(Settings):
+    """What the hub said to the request for one file."""
+
+    state: Literal["here", "refused", "unreachable"]
+    path: str | None = None
+    """Of a file that is here."""
+    reason: str | None = None
+    """Why it is not here."""
+
+
+class HubStatus(Settings):
+    """What the hub gave, as a fetch rule leaves it for the rest of a workflow."""
+
+    attempt: int
+    endpoint: str
+    files: dict[str, Answer]
+
+
 @functools.cache
 def registry() -> dict[str, Pretrained]:
     """All of them by name: pretrained, pretrained-medium, pretrained-large, pretrained-xl."""
@@ -70,9 +88,26 @@ def fetch(name: str, cached_only: bool = False) -> Path:
     return obtain(registry()[name].weights(name), cached_only)
 
 
-def is_here(name: str) -> bool:
-    """Whether the safetensors file of `name` is in the cache of the hub's client."""
-    return is_cached(registry()[name].weights(name))
+def endpoint() -> str:
+    """Address of the hub: $HF_ENDPOINT, or else Hugging Face's own."""
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def write_status(path: Path, status: HubStatus) -> None:
+    """Write what the hub gave."""
+    write_text(path, status.model_dump_json(indent=2) + "\n")
+
+
+def read_status(path: Path) -> HubStatus | None:
+    """What `write_status` wrote; None where there is no such file. Raises PicogptError when it holds something else."""
+    if not path.exists():
+        return None
+    try:
+        return HubStatus.model_validate_json(read_text(path))
+    except ValidationError as error:
+        raise PicogptError(
+            f"{path} does not say what the hub gave: delete it, and the next run writes it again"
+        ) from error
 
 
 def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
@@ -85,10 +120,9 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
     """
     from huggingface_hub import constants, errors, hf_hub_download
 
-    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     where = f"{wanted.repository}/{wanted.file} at {wanted.revision[:12]}"
     nobody = (
-        f"cannot get {where}: the hub ({endpoint}) cannot be reached and the file is not in its cache"
+        f"cannot get {where}: the hub ({endpoint()}) cannot be reached and the file is not in its cache"
         f" ({constants.HF_HUB_CACHE}). Run {wanted.command} where it can, or set HF_ENDPOINT to a mirror."
     )
     cached = _cached(wanted)
@@ -107,10 +141,10 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
                 wanted.file,
                 repo_type=wanted.kind,
                 revision=wanted.revision,
-                endpoint=endpoint,
+                endpoint=endpoint(),
             )
         )
-        expected = wanted.sha256 or _named_hash(path, wanted, endpoint)
+        expected = wanted.sha256 or _named_hash(path, wanted)
     except (errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
         status = _status(error)
         if status is None:
@@ -120,7 +154,7 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
             403: " This login may not read it.",
             404: " This hub does not have it: is HF_ENDPOINT right?",
         }
-        message = f"the hub ({endpoint}) answers {status} to {where}.{hints.get(status, '')}"
+        message = f"the hub ({endpoint()}) answers {status} to {where}.{hints.get(status, '')}"
         raise (Refused if status in hints else Unreachable)(message) from error
     except Exception as error:
         # The disk is full, or the connection broke for good; Xet's errors are plain RuntimeErrors.
@@ -132,11 +166,6 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
         raise Unreachable(f"cannot get {where}: {innermost(error)}; the same command tries again") from error
     _verify(path, wanted, expected)
     return path
-
-
-def is_cached(wanted: HubFile) -> bool:
-    """Whether the file is in the cache of the hub's client."""
-    return _cached(wanted) is not None
 
 
 def _cached(wanted: HubFile) -> Path | None:
@@ -154,7 +183,7 @@ def answers() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        requests.head(os.environ.get("HF_ENDPOINT", constants.ENDPOINT), timeout=HUB_TIMEOUT_S)
+        requests.head(endpoint(), timeout=HUB_TIMEOUT_S)
     except requests.RequestException:
         return False
     return True
@@ -170,14 +199,16 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _named_hash(path: Path, wanted: HubFile, endpoint: str) -> str:
+def _named_hash(path: Path, wanted: HubFile) -> str:
     """The hash that the hub names for the file: the cache calls the file by it, where the file system has links."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     name = _stored(path).name
     if re.fullmatch(r"[0-9a-f]{64}", name):
         return name
-    url = hf_hub_url(wanted.repository, wanted.file, repo_type=wanted.kind, revision=wanted.revision, endpoint=endpoint)
+    url = hf_hub_url(
+        wanted.repository, wanted.file, repo_type=wanted.kind, revision=wanted.revision, endpoint=endpoint()
+    )
     return str(get_hf_file_metadata(url).etag)
 
 

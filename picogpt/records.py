@@ -17,7 +17,7 @@ from picogpt.files import read_text, write_text
 SCHEMA_VERSION = 1
 HUB_UNREACHABLE = "hub unreachable"
 """Why a number of OpenAI's weights is missing."""
-SOURCE = ("picogpt/", "config/", "workflow/")
+SOURCE = ("picogpt/", "config/", "profiles/", "workflow/", "Snakefile")
 """Where a file counts also that git does not know."""
 NOT_SOURCE = (":!results/reference", ":!media/reference")
 REQUIRED = ("schema_version", "kind", "created", "device", "software", "commit", "dirty", "corpus", "config", "results")

@@ -42,9 +42,13 @@ SMALL_RUNTIME = {"device": "cpu", "compile": "off", "log_interval": 3, "checkpoi
 
 
 def copy_source(tree: Path, *parts: str) -> Path:
-    """Copy these folders of the source tree into `tree`, for a test that changes them."""
+    """Copy these files and folders of the source tree into `tree`, for a test that changes them."""
+    tree.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / part, tree / part)
     return tree
 
 

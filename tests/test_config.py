@@ -1,4 +1,3 @@
-import json
 import re
 from pathlib import Path
 
@@ -31,7 +30,23 @@ def test_shipped_settings_are_valid_and_named_after_their_model(path: Path):
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
 @pytest.mark.parametrize("kind", config.MODEL_KINDS)
 def test_every_model_has_settings_for_every_size(kind: str, size: str):
-    assert config.load_experiment(config.model_config_file(kind, size)).model.kind == kind
+    assert config.load_experiment(config.model_file(kind, size)).model.kind == kind
+
+
+def test_settings_are_named_by_a_path_or_by_the_name_of_a_shipped_file(monkeypatch, tmp_path: Path):
+    assert config.model_file("gpt2_fineweb") == ROOT / "config/models/gpt2_fineweb.yaml"
+    assert config.model_file("char-transformer", "gpu").name == "char_transformer_gpu.yaml"
+    for path in ("mine.yaml", "folder/mine"):
+        assert config.model_file(path) == Path(path)
+    with pytest.raises(
+        UsageError, match="no settings called mine: give the path of a YAML file, or one of char_bigram"
+    ):
+        config.model_file("mine")
+    # Another folder of settings, as that of a workflow that is not the installed one.
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/gpt2.yaml").touch()
+    monkeypatch.setenv("PICOGPT_CONFIG", str(tmp_path))
+    assert config.model_file("gpt2") == tmp_path / "models/gpt2.yaml"
 
 
 @pytest.mark.parametrize(
@@ -90,15 +105,29 @@ def test_the_fingerprint_follows_what_changes_the_result_and_nothing_else(file):
     assert len({fingerprint(), fingerprint("train.seed=1"), fingerprint("model.block_size=8")}) == 3
 
 
-def test_schemas_on_disk_are_those_of_the_types_and_accept_the_shipped_files():
+def test_the_schema_describes_every_key_of_the_configuration_and_accepts_it():
     import jsonschema
 
-    schemas = {name: json.loads((ROOT / f"config/schemas/{name}.schema.json").read_text()) for name in config.SCHEMAS}
-    for name, schema in schemas.items():
-        assert schema == json.loads(config.json_schema(name))
-    jsonschema.validate(yaml.safe_load((ROOT / "config/config.yaml").read_text()), schemas["pipeline"])
-    for path in (ROOT / "config/models").glob("*.yaml"):
-        jsonschema.validate(yaml.safe_load(path.read_text()), schemas["experiment"])
+    schema = yaml.safe_load((ROOT / "config/config.schema.yaml").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    shipped = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    jsonschema.validate(shipped, schema)
+    assert undescribed(schema) == []
+    assert set(schema["properties"]) == set(shipped)
+    for wrong in ({"corpuss": "x"}, {"run": "a/b"}, {"gpus": 0}, {"gpt2": {**shipped["gpt2"], "dtypes": ["int4"]}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**shipped, **wrong}, schema)
+
+
+def undescribed(schema: dict, at: str = "") -> list[str]:
+    """Keys without a description; those of a group are described one by one."""
+    missing = []
+    for key, part in schema["properties"].items():
+        if "properties" in part:
+            missing += undescribed(part, f"{at}{key}.")
+        elif not part.get("description"):
+            missing.append(f"{at}{key}")
+    return missing
 
 
 def test_every_setting_has_a_description():

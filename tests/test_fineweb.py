@@ -23,7 +23,7 @@ from hub import Hub
 from test_distributed import assert_same
 from test_distributed import run as train
 from test_tokens import rewrite_header
-from test_workflow import SMALL, SNAKEMAKE
+from test_workflow import SMALL, SNAKEMAKE, WORKFLOW
 from test_workflow import jobs as planned
 
 from picogpt import hub as hub_client
@@ -76,7 +76,7 @@ def registered(contents: list[bytes]) -> fineweb.Dataset:
 
 def source_with(contents: list[bytes], tree: Path) -> Path:
     """A copy of the source tree whose registry names these shards."""
-    copy_source(tree, "config", "workflow", "picogpt")
+    copy_source(tree, *WORKFLOW, "picogpt")
     registry = {fineweb.NAME: registered(contents).model_dump(mode="json")}
     (tree / "config/fineweb.yaml").write_text(yaml.safe_dump(registry))
     return tree
@@ -168,7 +168,6 @@ def test_the_registry_names_every_shard_of_the_sample():
 
 
 def test_shards_are_fetched_once(hub: Hub, picogpt, contents: list[bytes]):
-    assert picogpt("fetch", "--check", "fineweb-edu", "--shard", 0).out == "reachable\n"
     run = picogpt("fetch", "fineweb-edu", "--shard", 0, "--shard", 2)
     assert run.status == 0, run.err
     lines = dict(line.split(": ") for line in run.out.splitlines())
@@ -178,7 +177,6 @@ def test_shards_are_fetched_once(hub: Hub, picogpt, contents: list[bytes]):
     }
     assert [path for method, path, _ in hub.requests if method == "GET"] == [f"/store/{hub_path(n)}" for n in (0, 2)]
     asked = len(hub.requests)
-    assert picogpt("fetch", "--check", "fineweb-edu", "--shard", 0).out == "here\n"
     assert picogpt("fetch", "fineweb-edu", "--shard", 0).status == 0
     assert len(hub.requests) == asked
 
@@ -525,18 +523,25 @@ def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
 
     def snakemake(*arguments: str, endpoint: str = "http://127.0.0.1:9") -> subprocess.CompletedProcess[str]:
         options = [
-            "--snakefile", str(tree / "workflow/Snakefile"),
-            "--workflow-profile", str(tree / "workflow/profiles/default"),
+            "--snakefile", str(tree / "Snakefile"),
             "--directory", str(folder),
             "--configfile", str(folder / "small.yaml"),
         ]  # fmt: skip
         environment = {"PYTHONPATH": str(tree), "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder / "hub")}
         return forked.run("snakemake", *arguments, *options, env={**os.environ, **environment})
 
-    assert "fetch_fineweb" not in planned(snakemake("-n"))  # it cannot be had: the report will say so
+    def answers() -> dict[str, str]:
+        files = json.loads((folder / "resources/hub.json").read_text())["files"]
+        return {name: answer["state"] for name, answer in files.items()}
+
+    assert snakemake("resources/hub.json").returncode == 0
+    assert answers() == {"pretrained": "unreachable", "fineweb-edu/0": "unreachable"}
+    assert "train_fineweb" not in planned(snakemake("-n"))  # the report will say so
     with hub_server.running() as hub:
         hub.files.update({hub_path(number): content for number, content in enumerate(contents)})
-        assert "fetch_fineweb" in planned(snakemake("-n", endpoint=hub.address))
+        assert snakemake("resources/hub.json", endpoint=hub.address).returncode == 0
+        assert answers() == {"pretrained": "refused", "fineweb-edu/0": "here"}
+        assert {"fetch_fineweb", "train_fineweb"} <= planned(snakemake("-n", endpoint=hub.address))
         notes = [f"resources/fineweb-edu/{number:05}.txt" for number in range(2)]
         fetched = snakemake(*notes, endpoint=hub.address)
         assert fetched.returncode == 0, fetched.stderr

@@ -20,8 +20,8 @@ from picogpt.errors import PicogptError
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.loss import linear_cross_entropy
 from picogpt.report import ladder as report_ladder
+from picogpt.report.compare import read_references
 from picogpt.report.ladder import LOSS_TOLERANCE, compare_with_baselines
-from picogpt.report.tables import read_references
 from picogpt.report.throughput import draw_throughput
 from picogpt.train.distributed import World
 

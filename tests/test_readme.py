@@ -27,7 +27,7 @@ from conftest import ROOT, copy_source, text_of_words
 from safetensors.torch import save
 from test_fineweb import hub_path, parquet, registered
 from test_pretrained import CONFIG, REVISION, openai_names, small
-from test_workflow import SMALL, SNAKEMAKE
+from test_workflow import SMALL, SNAKEMAKE, WORKFLOW
 
 from picogpt.data import fineweb
 
@@ -109,7 +109,7 @@ SUBSTITUTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...]
     (r"(--master_port=)\d+", free_port, "another job may hold that port here"),
     (r"(--nnodes=2 --nproc_per_node=)\d+", r"\g<1>1", "eight ranks on two cores take a minute to start"),
     (r"(snakemake) (--config corpus=my\.txt)$", r"\1 media/char_bigram_loss.png \2", "all of it takes minutes; test_workflow.py makes it"),
-    (r"(--workflow-profile workflow/profiles/slurm)", r"\1 --dry-run", "wants a cluster; test_slurm.py starts one"),
+    (r"(--workflow-profile slurm)", r"\1 --dry-run", "wants a cluster; test_slurm.py starts one"),
     (r"^(picogpt (?:bench )?sample (?!.* -n ).*)$", r"\1 -n 20", "500 tokens take a while, even of a small model"),
     (r"(--steps |train\.steps=)\d+", r"\g<1>2", "so many steps take minutes, even of a small model"),
 )  # fmt: skip
@@ -143,9 +143,7 @@ INSTEAD: dict[str, tuple[Callable[[Command], None], str]] = {
 @pytest.fixture
 def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the source tree with small settings and a small text, a hub with small weights, and a user's text."""
-    tree = copy_source(tmp_path / "picogpt", "picogpt", "config", "workflow")
-    for part in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / part, tree)
+    tree = copy_source(tmp_path / "picogpt", "picogpt", *WORKFLOW, "Makefile", "pyproject.toml", "constraints.txt")
     for path in (tree / "config/models").glob("*.yaml"):
         rewrite(path, smaller)
     ladder = {"ladder": {**SMALL["ladder"], "hardware": "auto"}}

@@ -13,7 +13,7 @@ from conftest import ROOT
 from picogpt import hardware, records, reference
 from picogpt.data import assets
 from picogpt.errors import PicogptError
-from picogpt.report.tables import read_references, write_summary
+from picogpt.report.compare import read_references, write_summary
 
 COMMIT = "0123456789" * 4
 SPEEDS = {"tokens_per_second": 10.0, "final_loss": 9.0}
@@ -186,7 +186,7 @@ def test_tracked_reference_records_are_whole():
 
 @pytest.mark.parametrize(
     ("path", "dirty"),
-    [("my.txt", False), ("results/reference/mine/a.json", False), ("picogpt/new.py", True), ("config/models/ours.yaml", True), ("picogpt/records.py", True), ("README.md", True)],
+    [("my.txt", False), ("results/reference/mine/a.json", False), ("picogpt/new.py", True), ("Snakefile", True), ("config/models/ours.yaml", True), ("picogpt/records.py", True), ("README.md", True)],
 )  # fmt: skip
 def test_a_checkout_is_dirty_where_its_source_differs(monkeypatch, tmp_path: Path, path: str, dirty: bool):
     for name in ("picogpt/records.py", "README.md"):

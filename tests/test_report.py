@@ -8,96 +8,133 @@ from conftest import ROOT, small_experiment
 from picogpt.config import Experiment
 from picogpt.data import assets
 from picogpt.data.tokens import TokenData
-from picogpt.report import figures
-from picogpt.report.published import CORPUS, Number, compare, numbers, value_of
+from picogpt.errors import PicogptError
+from picogpt.report import compare, figures
+from picogpt.report.compare import CORPUS, published
 from picogpt.train.loop import Trainer
 
+HEADER = "section,metric,record,key,unit,published,source,tolerance,better,device,depends_on_text,comparable,note"
 
-def record(value: float | None, corpus: str = CORPUS) -> dict:
+
+@pytest.fixture
+def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Write a file of published numbers in place of the shipped one; its rows are given from `published` on."""
+
+    def write(*rows: str) -> None:
+        lines = [f"s,m{number},r,loss,u,{row}" for number, row in enumerate(rows)]
+        (tmp_path / "published.csv").write_text("\n".join([HEADER, *lines, ""]))
+        monkeypatch.setattr(compare, "config_folder", lambda: tmp_path)
+        published.cache_clear()
+
+    yield write
+    published.cache_clear()
+
+
+def record(value: float | None, corpus: str = CORPUS, device: str = "d") -> dict:
     text = assets.find(CORPUS).sha256 if corpus == CORPUS else "0" * 64
     identity = {"name": corpus, "text_sha256": text, "train_tokens": 1_003_854, "val_tokens": 111_540}
-    return {"results": {"loss": value}, "device": {"name": "d"}, "corpus": identity}
+    results = {} if value is None else {"loss": value}
+    return {"results": results, "device": {"name": device}, "corpus": identity, "created": "2026-02-03T00:00:00"}
+
+
+def row_of(measured: dict | None, reference: dict | None = None) -> dict:
+    """The first row of the comparison of these records of kind r."""
+    records, references = ({"r": tree} if tree else {} for tree in (measured, reference))
+    return compare.compare(records, references).iloc[0].to_dict()
 
 
 @pytest.mark.parametrize(
-    ("published", "tolerance", "better", "measured", "status"),
+    ("number", "measured", "status", "note"),
     [
-        (2.0, 0.1, "lower", 2.05, "reproduced"),
-        (2.0, 0.1, "lower", 1.95, "reproduced"),
-        (2.0, 0.1, "lower", 1.5, "better"),
-        (2.0, 0.1, "lower", 2.5, "differs"),
-        (2.0, 0.1, "higher", 2.5, "better"),
-        (2.0, 0.1, "higher", 1.5, "differs"),
-        (2.0, 0.1, None, 1.5, "differs"),
-        (None, 0.0, None, 1.5, "not comparable"),
-        (2.0, 0.1, "lower", None, "not measured here"),
+        ("2.0,,0.1,lower,,yes,yes,why", 2.05, "reproduced", "within 0.1"),
+        ("2.0,,0.1,lower,,yes,yes,why", 1.95, "reproduced", "within 0.1"),
+        ("2.0,,0.1,lower,,yes,yes,why", 1.5, "better", "why"),
+        ("2.0,,0.1,lower,,yes,yes,why", 2.5, "differs", "why"),
+        ("2.0,,0.1,higher,,yes,yes,why", 2.5, "better", "why"),
+        ("2.0,,0.1,higher,,yes,yes,why", 1.5, "differs", "why"),
+        ("2.0,,0.1,,,yes,yes,why", 1.5, "differs", "why"),
+        ("2.0,,,,,yes,yes,why", 2.0, "reproduced", "within 0"),
+        (",,,,,yes,yes,", 1.5, "not comparable", "nothing is published"),
+        ("2.0,,0.1,,,yes,no,measured otherwise", 2.0, "not comparable", "measured otherwise"),
+        ("2.0,,0.1,lower,,yes,yes,why", None, "not measured here", "not in the records of this run"),
     ],
 )
-def test_the_status_says_how_a_number_compares(published, tolerance, better, measured, status):
-    number = Number(
-        section="s",
-        metric="m",
-        record="r",
-        key="loss",
-        unit="u",
-        published=published,
-        tolerance=tolerance,
-        better=better,
-    )
-    assert compare(number, record(measured))["status"] == status
+def test_the_status_says_how_a_number_compares(publish, number: str, measured: float | None, status: str, note: str):
+    publish(number)
+    row = row_of(record(measured))
+    assert (row["status"], row["note"], row["measured"]) == (status, note, measured)
+    assert row["device"] == (None if measured is None else "d")
 
 
-def test_another_corpus_is_never_compared_and_nothing_is_never_measured():
-    number = Number(section="s", metric="m", record="r", key="loss", unit="u", published=2.0, tolerance=9)
-    row = compare(number, record(2.0, corpus="words"))
+def test_another_text_is_never_compared_and_nothing_is_never_measured(publish):
+    publish("2.0,,9,,,yes,yes,")
+    row = row_of(record(2.0, corpus="words"))
     assert (row["status"], row["measured"]) == ("not comparable", 2.0)
     assert "words" in row["note"]
     another_split = record(2.0)
     another_split["corpus"]["train_tokens"] -= 1
     namesake = record(2.0)
     namesake["corpus"]["text_sha256"] = "0" * 64
-    assert {compare(number, other)["status"] for other in (another_split, namesake)} == {"not comparable"}
-    row = compare(number, None)
+    assert {row_of(other)["status"] for other in (another_split, namesake)} == {"not comparable"}
+    row = row_of(None)
     assert (row["status"], row["device"], row["measured"]) == ("not measured here", None, None)
+    missing = {**record(None), "not_measured": "hub unreachable"}
+    assert row_of(missing)["note"] == "hub unreachable"
+    assert row_of({**record(None), "missing": {"loss": "hub unreachable"}})["note"] == "hub unreachable"
 
 
-def test_a_number_of_another_device_may_come_from_a_reference_record_of_it():
-    number = Number(
-        section="s", metric="m", record="r", key="loss", unit="u", published=2.0, device="a GPU", on_corpus=False
-    )
-    there = {**record(1.5), "device": {"name": "a GPU"}, "created": "2026-02-03T00:00:00"}
-    row = compare(number, record(7.0), there)
+def test_a_number_of_another_device_may_come_from_a_reference_record_of_it(publish):
+    publish("2.0,,0.1,,a GPU,no,yes,")
+    there = record(1.5, device="a GPU")
+    row = row_of(record(7.0), there)
     assert (row["measured"], row["device"], row["status"]) == (1.5, "a GPU", "not measured here")
     assert row["note"] == "published for a GPU; this machine is d; the number is a reference record of 2026-02-03"
-    assert compare(number, record(7.0), record(1.5))["measured"] is None  # of a third device
+    assert row_of(record(7.0), record(1.5, device="a third"))["measured"] is None
+    assert row_of(there)["status"] == "differs"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("2.0,,0.1,lowr,,yes,yes,", "line 2: better is 'lowr', not higher or lower"),
+        ("2.0,,0.1,,,maybe,yes,", "line 2: depends_on_text is 'maybe'"),
+        ("two,,0.1,,,yes,yes,", "cannot read .*published.csv: .*two"),
+    ],
+)
+def test_a_wrong_value_of_the_table_is_named(publish, row: str, message: str):
+    publish(row)
+    with pytest.raises(PicogptError, match=message):
+        published()
 
 
 def test_the_published_numbers_of_the_character_models_are_all_there():
-    metrics = {(number.section, number.metric) for number in numbers()}
-    metrics = {(section, metric) for section, metric in metrics if section.startswith("char")}
-    wanted = "train loss before|val loss before|train loss after|val loss after|best val loss|best epoch|final val loss"
+    rows = published()
+    metrics = {
+        (section, metric)
+        for section, metric in zip(rows.section, rows.metric, strict=True)
+        if section.startswith("char")
+    }
+    wanted = "train loss before|val loss before|train loss after|val loss after|best val loss|best epoch"
     assert metrics == {
         (section, metric) for section in ("char bigram", "char transformer") for metric in wanted.split("|")
     }
 
 
 def test_every_other_published_number_has_a_row():
-    rows: dict[str, list[float]] = {}
-    for number in numbers():
-        if number.published is not None:
-            rows.setdefault(number.section, []).append(number.published)
-    assert rows["weights"] == [551, 475]
+    rows = published()
+    known = rows[rows.published.notna()]
+    numbers = {section: list(group.published) for section, group in known.groupby("section")}
+    assert numbers["weights"] == [551, 475]
     openai, ours = [81.33, 80.44, 81.13, 81.70, 80.42, 81.0], [83.54, 83.50, 83.40, 84.44, 84.72, 83.92]
-    for run in (*openai, *ours):
-        assert run in rows["sampling throughput"]
-    assert len(rows["sampling throughput"]) == 12
-    assert rows["training ladder"] == [2.1, 3.5, 4.1, 2.8, 6, 7.8, 9.3]
-    assert rows["ddp"] == [11, 6.5, 900_000]
+    assert numbers["sampling throughput"] == [*openai, *ours]
+    assert numbers["training ladder"] == [2.1, 3.5, 4.1, 2.8, 6, 7.8, 9.3]
+    assert numbers["ddp"] == [11, 6.5, 900_000]
+    assert known.source.all(), "each published number says where it stands"
 
 
-@pytest.mark.parametrize(("key", "value"), [("a", [1, 2]), ("a.1", 2), ("a.2", None), ("b.0", None), ("c d", 3)])
-def test_a_number_is_found_by_its_key(key: str, value: object):
-    assert value_of({"a": [1, 2], "c d": 3}, key) == value
+def test_numbers_are_found_in_lists_and_under_names_with_spaces():
+    results = {"a": [1, 2.5], "c d": 3, "text": "x", "flag": True, "none": None, "texts": ["x"]}
+    assert dict(compare._numbers(results)) == {"a.0": 1, "a.1": 2.5, "c d": 3}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +156,7 @@ def test_the_summary_has_a_row_for_each_number_and_names_the_corpus(picogpt, run
     with open(tmp_path / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["section", "metric", "published", "measured", "unit", "device", "status", "note"]
-    assert len(rows) == len(numbers())
+    assert len(rows) == len(published())
     assert {row["status"] for row in rows if row["measured"]} == {"not comparable"}
     assert all("words" in row["note"] for row in rows if row["measured"])
     results = json.loads(files[1].read_text())["results"]
@@ -147,16 +184,16 @@ def test_the_page_is_filled_in(picogpt, runs: Path, tmp_path: Path):
     picogpt("report", "summary", *files, "--out", "summary.csv")
     samples = []
     for name in ("char_bigram", "char_transformer"):
-        for stage in ("untrained", "trained"):
+        for stage in ("untrained", "sample"):
             (tmp_path / f"{name}_{stage}.txt").write_text(f"the {stage} {name} says " + "x" * 3000)
-            samples += ["--sample", f"{name}_{stage}={tmp_path / f'{name}_{stage}.txt'}"]
+            samples += ["--sample", tmp_path / f"{name}_{stage}.txt"]
     page = ["--summary", "summary.csv", *(f"--record={file}" for file in files), "--out", "report.md"]
     template = tmp_path / "character.j2"  # the part of the page that stands on these records
     template.write_text((ROOT / "workflow/report/report.md.j2").read_text().split("{% set gpt2 =")[0])
     assert picogpt("report", "page", "--template", template, *page, *samples).status == 0
     text = (tmp_path / "report.md").read_text()
     best = json.loads(files[1].read_text())["results"]["best_val_loss"]
-    for part in ("Corpus: **words**", f"{best:.7g}", "the trained char_bigram says", "nothing below can be compared"):
+    for part in ("Corpus: **words**", f"{best:.7g}", "the sample char_bigram says", "nothing below can be compared"):
         assert part in text
     assert "{{" not in text
 
@@ -169,7 +206,7 @@ def test_the_page_is_filled_in(picogpt, runs: Path, tmp_path: Path):
 def test_a_published_loss_of_another_kind_is_no_validation_loss():
     fineweb = {"name": "fineweb-edu", "text_sha256": "0" * 64, "train_tokens": 10, "val_tokens": 5}
     run = {"kind": "train gpt2 h100x2", "results": {}, "corpus": fineweb}
-    assert [line[:2] for line in figures._references(run)] == [(6.5, "published, measured in another way: 6.5000")]
+    assert [line[:2] for line in figures._references(run)] == [(6.5, "published, measured differently: 6.5000")]
     run = {"kind": "train char-transformer", "results": {}, "corpus": {**fineweb, "name": "words"}}
     assert [line[1] for line in figures._references(run)] == [
         "published, last validation (tinyshakespeare): 3.3808",

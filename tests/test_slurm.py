@@ -94,7 +94,7 @@ class Pipeline:
             "PYTHONPATH": f"{ROOT / 'tests/slow'}:{tree}",
             "PICOGPT_TEST_NET": str(self.folder / "network.txt"),
         }
-        profile = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
+        profile = yaml.safe_load((ROOT / "profiles/slurm/profile.yaml").read_text())
         profile["default-resources"]["slurm_partition"] = partition
         profile["default-resources"]["slurm_account"] = account
         if account is None:  # this cluster does no accounting
@@ -102,12 +102,12 @@ class Pipeline:
         profile["config"].update(size="cpu", ladder={"hardware": list(hardware)})
         profile.update({"slurm-init-seconds-before-status-checks": 1, "slurm-status-command": "squeue"}, **changes)
         (self.folder / "profile").mkdir()
-        (self.folder / "profile/config.yaml").write_text(yaml.safe_dump(profile))
+        (self.folder / "profile/profile.yaml").write_text(yaml.safe_dump(profile))
 
     def start(self, *arguments: str, **environment: str) -> Started:
         command = [
             str(SNAKEMAKE), *arguments,
-            "--snakefile", str(self.tree / "workflow/Snakefile"),
+            "--snakefile", str(self.tree / "Snakefile"),
             "--workflow-profile", str(self.folder / "profile"),
             "--directory", str(self.folder),
             "--configfile", str(self.folder / "small.yaml"),
@@ -468,13 +468,13 @@ def test_what_cannot_run_says_what_to_change(begun, cluster: Cluster, prepared: 
     processes = [unknown.start(target), unpaid.start(target), nobody.start(target, PATH=path)]
     status, out = processes[0].end()
     assert (status, "invalid partition specified: nowhere" in out) == (1, True), out
-    assert "slurm_partition in workflow/profiles/slurm/config.yaml must be one of the cluster's: sinfo -s" in out
+    assert "slurm_partition in profiles/slurm/profile.yaml must be one of the cluster's: sinfo -s" in out
     status, out = processes[1].end()
     assert (status, "partition billed takes no job without an account" in out) == (1, True), out
-    assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
+    assert "slurm_account in profiles/slurm/profile.yaml says who pays: sacctmgr show" in out
     status, out = processes[2].end()
     assert (status, "The given account nobody appears to be invalid" in out) == (1, True), out
-    assert "slurm_account in workflow/profiles/slurm/config.yaml says who pays: sacctmgr show" in out
+    assert "slurm_account in profiles/slurm/profile.yaml says who pays: sacctmgr show" in out
     # The list of the profile is gone, and this machine would speak for the cluster.
     status, out = unknown.run(target, "--config", "size=cpu")
     assert (status, "gpus: auto, ladder: hardware: auto would ask this machine" in out) == (1, True), out

@@ -46,7 +46,8 @@ SMALL = {
         "throughput_runs": 2,
         "throughput_streams": 2,
     },
-    "data": {"shards": [2, 5], "windows": 4, "runs": 2, "characters": 10_000},
+    "fineweb": {"shards": 1},
+    "run": "pipeline",
     "ladder": {"hardware": ["box.yaml"], "set": ["model.n_layer=1", "model.n_embd=16", "model.n_head=2"]},
 }  # fmt: skip
 BOX = {
@@ -58,7 +59,6 @@ ARTIFACTS = (
     "media/gpt2_box_throughput.png",
     "media/gpt2_a30_throughput.png",
     "media/gpt2_cpu_throughput.png",
-    "media/data_scaling.png",
     "media/char_bigram_loss.png",
     "media/char_transformer_loss.png",
     TRANSFORMER_SAMPLE,
@@ -69,25 +69,28 @@ ARTIFACTS = (
 )
 
 
+WORKFLOW = ("Snakefile", "config", "profiles", "workflow")
+
+
 def command(folder: Path, *arguments: str) -> list[str]:
     """Snakemake on the workflow of this source tree, or of the copy in `folder`, working in `folder`."""
     tree = folder / "source" if (folder / "source").exists() else ROOT
     return [
         str(SNAKEMAKE),
         *arguments,
-        "--snakefile", str(tree / "workflow/Snakefile"),
-        "--workflow-profile", str(tree / "workflow/profiles/default"),
+        "--snakefile", str(tree / "Snakefile"),
         "--directory", str(folder),
         "--configfile", str(folder / "small.yaml"),
     ]  # fmt: skip
 
 
-# No hub: what stands on OpenAI's weights says so, and everything else is made.
+# Nobody answers there: the rows of OpenAI's weights say so, everything else is made, and every run asks again.
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 def snakemake(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **NO_HUB, "HF_HUB_CACHE": str(folder / "hub"), **environment}
+    endpoint = (folder / "hub.txt").read_text() if (folder / "hub.txt").exists() else NO_HUB["HF_ENDPOINT"]
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder / "hub"), **environment}
     return forked.run("snakemake", *command(folder, *arguments)[1:], env=environment)
 
 
@@ -99,11 +102,16 @@ def configure(folder: Path, **change: object) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A folder where the pipeline has run on the user's own text, from a copy of its files that tests may change."""
+    """A folder where the pipeline has run on the user's own text, from a copy of its files that tests may change.
+
+    A hub refused the weights, so that later runs do not ask it again.
+    """
     folder = tmp_path_factory.mktemp("pipeline")
-    copy_source(folder / "source", "config", "workflow")
+    copy_source(folder / "source", *WORKFLOW)
     configure(folder, corpus=str(corpus))
-    run = snakemake(folder)
+    with hub.running() as refusing:
+        (folder / "hub.txt").write_text(refusing.address)
+        run = snakemake(folder)
     assert run.returncode == 0, run.stderr
     return folder
 
@@ -118,21 +126,14 @@ def jobs(run: subprocess.CompletedProcess[str]) -> set[str]:
 
 
 def test_bare_snakemake_lists_every_job_in_a_fresh_clone(tmp_path: Path):
-    clone = copy_source(tmp_path / "clone", "config", "workflow")
+    clone = copy_source(tmp_path / "clone", *WORKFLOW)
     run = subprocess.run([str(SNAKEMAKE), "-n"], cwd=clone, capture_output=True, text=True, check=True)
-    expected = {"fetch_corpus", "tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page"}
-    expected |= {
-        "fetch_gpt2_ranks",
-        "fetch_pretrained",
-        "tokenize_gpt2",
-        "train_gpt2",
-        "sample_gpt2",
-        "loss_curve_gpt2",
-    }
-    expected |= {"evaluate", "bench_sampling", "bench_sampling_streams", "bench_weights", "bench_data", "data_scaling"}
-    expected |= {"bench_train", "throughput"}
-    assert jobs(run) == expected
-    assert "workflow/profiles/default" in run.stderr
+    assert jobs(run) == {
+        "fetch_corpus", "fetch_gpt2_ranks", "fetch_hub", "tokenize_char", "tokenize_gpt2", "train", "train_gpt2",
+        "sample", "sample_untrained", "sample_gpt2", "evaluate", "bench_sampling", "bench_sampling_streams",
+        "bench_weights", "bench_train", "loss_curve", "throughput", "summary", "page",
+    }  # fmt: skip
+    assert "Using workflow specific profile profiles/default" in run.stderr
 
 
 def test_every_artifact_is_made(finished: Path):
@@ -181,8 +182,11 @@ def test_a_rung_for_another_device_is_refused_and_the_message_names_both(finishe
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("media/gpt2_h10_throughput.png", "there is no hardware h10"),
-        ("results/records/ladder/cpu/tf32.json", "hardware cpu has no rung tf32"),
+        ("media/gpt2_h10_throughput.png", "there is no hardware called h10: there are a30, box, cpu"),
+        (
+            "results/records/ladder/cpu/tf32.json",
+            "there is no rung of hardware cpu called tf32: there are baseline, bf16",
+        ),
     ],
 )
 def test_a_machine_or_rung_that_is_none_is_named(finished: Path, target: str, message: str):
@@ -223,6 +227,9 @@ def test_the_report_of_snakemake_has_every_artifact(finished: Path):
     page = (finished / "report.html").read_text()
     for artifact in ARTIFACTS:
         assert Path(artifact).name in page, artifact
+    assert "a character bigram, a character transformer and GPT-2 (124M) are trained" in page
+    for path in (ROOT, finished, Path.home(), sys.prefix):
+        assert str(path) not in page, path
 
 
 def test_records_of_an_older_version_are_refused_by_name(finished: Path, tmp_path: Path):
@@ -247,19 +254,19 @@ def test_a_second_run_does_nothing(finished: Path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"char_transformer": {"sample_characters": 50}}, {"sample", "sample_artifact", "page"}),
-        ({"char_bigram": {"set": ["model.block_size=16", "train.epochs=1"]}}, {"train", "sample", "loss_curve", "summary", "page", "bench_weights"}),
-        ({"drop_unseen": True}, {"tokenize_char", "train", "sample", "sample_artifact", "loss_curve", "summary", "page", "bench_weights"}),
+        ({"char_transformer": {"sample_characters": 50}}, {"sample", "page"}),
+        ({"char_bigram": {"untrained_characters": 30}}, {"sample_untrained", "page"}),
+        ({"char_bigram": {"set": ["model.block_size=16", "train.epochs=1"]}}, {"train", "sample", "sample_untrained", "loss_curve", "summary", "page", "bench_weights"}),
+        ({"drop_unseen": True}, {"tokenize_char", "train", "sample", "sample_untrained", "loss_curve", "summary", "page", "bench_weights"}),
         ({"gpt2": {"sample_tokens": 20}}, {"sample_gpt2", "page"}),
         ({"gpt2": {"throughput_runs": 3}}, {"bench_sampling", "bench_sampling_streams", "summary", "page"}),
         ({"gpt2": {"prompts": ["my lord"]}}, {"evaluate", "summary", "page"}),
         ({"ladder": {"set": ["model.n_layer=2", "model.n_embd=16", "model.n_head=2"]}}, {"bench_train", "throughput", "summary", "page"}),
-        ({"gpt2": {"set": [*SMALL["gpt2"]["set"], "train.seed=7"]}}, {"train_gpt2", "sample_gpt2", "loss_curve_gpt2", "evaluate", "bench_sampling", "bench_sampling_streams", "bench_weights", "summary", "page"}),
+        ({"gpt2": {"set": [*SMALL["gpt2"]["set"], "train.seed=7"]}}, {"train_gpt2", "sample_gpt2", "loss_curve", "evaluate", "bench_sampling", "bench_sampling_streams", "bench_weights", "summary", "page"}),
         ({"gpt2": {"dtypes": ["float32"]}}, {"evaluate", "bench_sampling", "summary", "page"}),
-        ({"data": {"runs": 3}}, {"bench_data", "data_scaling", "summary", "page"}),
         ({}, set()),
     ],
-    ids=["sample length", "training", "tokens", "gpt2 sample", "throughput", "prompts", "ladder", "gpt2 training", "dtypes", "data", "nothing"],
+    ids=["sample length", "untrained sample", "training", "tokens", "gpt2 sample", "throughput", "prompts", "ladder", "gpt2 training", "dtypes", "nothing"],
 )  # fmt: skip
 def test_a_changed_value_runs_what_depends_on_it(finished: Path, corpus: Path, change: dict, expected: set[str]):
     configure(finished, corpus=str(corpus))
@@ -274,9 +281,9 @@ def test_a_changed_value_runs_what_depends_on_it(finished: Path, corpus: Path, c
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [
-        ("models/char_bigram.yaml", "learning_rate: 0.07", "learning_rate: 0.05", {"train", "sample", "loss_curve", "summary", "page", "bench_weights"}),
+        ("models/char_bigram.yaml", "learning_rate: 0.07", "learning_rate: 0.05", {"train", "sample", "sample_untrained", "loss_curve", "summary", "page", "bench_weights"}),
         ("models/char_bigram.yaml", "log_interval: 10", "log_interval: 20", set()),
-        ("published.yaml", "published: 2.487851", "published: 2.5", {"loss_curve", "loss_curve_gpt2", "throughput", "summary", "page"}),
+        ("published.csv", ",2.487851,", ",2.5,", {"loss_curve", "throughput", "summary", "page"}),
     ],
     ids=["settings of a model", "runtime of a model", "published"],
 )  # fmt: skip
@@ -311,18 +318,41 @@ def test_where_openais_weights_are_here_the_page_shows_them(finished: Path):
     assert "| gpt2-pretrained | int8 | not measured" not in page
 
 
-def test_the_pretrained_rows_join_once_the_hub_answers(finished: Path):
+def test_planning_asks_no_network(finished: Path):
     with hub.running() as answering:
-        run = snakemake(finished, "-n", HF_ENDPOINT=answering.address)
-        assert jobs(run) == {"fetch_pretrained", "evaluate", "bench_sampling", "bench_weights", "summary", "page"}
-        # It answered, and yet it did not give the file: the next run tries again, unless it said that it never will.
-        target = ["results/records/evaluate_gpt2-pretrained_int8.json"]
-        for status, again in ((501, True), (404, False)):
-            answering.status = status
-            tried = snakemake(finished, *target, HF_ENDPOINT=answering.address)
-            assert tried.returncode == 0, tried.stderr
-            planned = jobs(snakemake(finished, "-n", *target, HF_ENDPOINT=answering.address))
-            assert ("fetch_pretrained" in planned) == again
+        run = snakemake(finished, "-n", HF_ENDPOINT=answering.address)  # another hub, which may have the weights
+        assert jobs(run) == {"fetch_hub", "evaluate", "bench_sampling", "bench_weights", "summary", "page"}
+        assert answering.requests == []
+
+
+def test_the_pretrained_rows_join_once_the_hub_answers(finished: Path):
+    """Every run asks, and makes nothing else, until the hub has said what it would go on saying."""
+    folder = Path(shutil.copytree(finished, finished.with_name("asking")))
+
+    def times() -> dict[str, int]:
+        files = (path for path in folder.rglob("*") if path.is_file() and ".snakemake" not in path.parts)
+        return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+    def asked(endpoint: str) -> tuple[set[str], str]:
+        """The files that a run has written, and what the hub said."""
+        before = times()
+        run = snakemake(folder, HF_ENDPOINT=endpoint)
+        assert run.returncode == 0, run.stderr
+        written = {path for path, time in times().items() if before.get(path) != time}
+        return written, json.loads((folder / "resources/hub.json").read_text())["files"]["pretrained"]["state"]
+
+    written, state = asked(NO_HUB["HF_ENDPOINT"])
+    assert (state, "results/summary.csv" in written) == ("unreachable", True)
+    for _ in range(2):
+        written, state = asked(NO_HUB["HF_ENDPOINT"])
+        assert (state, written) == ("unreachable", {"resources/hub.json", "logs/fetch_hub.log"})
+    with hub.running() as answering:
+        answering.status = 501  # an answer that may be another one tomorrow
+        assert asked(answering.address) == ({"resources/hub.json", "logs/fetch_hub.log"}, "unreachable")
+        answering.status = 404
+        written, state = asked(answering.address)
+        assert (state, "results/summary.csv" in written) == ("refused", True)
+        assert asked(answering.address) == (set(), "refused")
 
 
 def test_a_pipeline_killed_in_the_middle_goes_on_to_the_same_results(finished: Path, corpus: Path, tmp_path: Path):
@@ -426,8 +456,8 @@ def on_a_cluster(folder: Path, profile: str, *arguments: str) -> str:
     pytest.importorskip(f"snakemake_executor_plugin_{profile}")
     options = [
         "-n",
-        "--snakefile", ROOT / "workflow/Snakefile",
-        "--workflow-profile", ROOT / "workflow/profiles" / profile,
+        "--snakefile", ROOT / "Snakefile",
+        "--workflow-profile", profile,
         "--directory", folder,
     ]  # fmt: skip
     run = forked.run("snakemake", *options, *arguments, env={**os.environ, **NO_HUB})
@@ -439,17 +469,10 @@ def rungs_of(*names: str) -> int:
     return sum(len(yaml.safe_load((ROOT / f"config/hardware/{name}.yaml").read_text())["rungs"]) for name in names)
 
 
-@pytest.mark.parametrize(
-    ("profile", "resources"),
-    [
-        ("slurm", ["gpu=1, gpu_model=h100", "slurm_extra=--signal=TERM@120 --exclusive"]),
-        ("kubernetes", ["gpu=1", "gpu_manufacturer=nvidia", "scale=0", "machine_type=gpu-node"]),
-    ],
-)
-def test_on_a_cluster_the_profile_says_what_is_measured(tmp_path: Path, profile: str, resources: list[str]):
-    plan = on_a_cluster(tmp_path, profile, "media/gpt2_h100_throughput.png")
+def test_on_a_cluster_the_profile_says_what_is_measured(tmp_path: Path):
+    plan = on_a_cluster(tmp_path, "slurm", "media/gpt2_h100_throughput.png")
     assert f"bench_train {rungs_of('h100')}" in plan
-    for resource in resources:
+    for resource in ("gpu=1, gpu_model=h100", "slurm_extra=--signal=TERM@120 --exclusive", "runtime=60"):
         assert resource in plan
 
 
@@ -480,4 +503,4 @@ def test_several_nodes_without_a_cluster_say_what_is_missing(finished: Path):
         finished, "results/records/ladder/nodes/baseline.json", "--config", "ladder={hardware: [nodes.yaml]}"
     )
     assert run.returncode == 1
-    assert "several nodes need snakemake --workflow-profile workflow/profiles/slurm" in run.stderr + run.stdout
+    assert "several nodes need snakemake --workflow-profile slurm" in run.stderr + run.stdout

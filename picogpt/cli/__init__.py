@@ -58,7 +58,7 @@ for command in (
     report.report,
     report.reference,
     about.hardware,
-    about.schema,
+    about.plan,
 ):
     cli.add_command(command)
 

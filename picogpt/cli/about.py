@@ -1,27 +1,21 @@
-"""Commands about this machine and the settings."""
+"""Commands about this machine, and about what can be planned on it."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import sys
 
 import click
+import yaml
 
-from picogpt.errors import PicogptError
+from picogpt.errors import UsageError
 
 
 @click.command()
 @click.argument("files", nargs=-1)
 @click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print what a workflow asks: size (cpu or gpu), gpus, fits, and all machines, those of FILES too.",
-)
-@click.option(
     "--draft", "only_draft", is_flag=True, help="Print a file for this machine, for config/hardware/NAME.yaml."
 )
-def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
+def hardware(files: tuple[str, ...], only_draft: bool) -> None:
     """Show what is here: device, the dtype that is fast on it, cores, memory; and which hardware files fit it.
 
     Where none fits, it prints a draft of one, filled in as far as it can be told. FILES, of your own, are checked.
@@ -37,18 +31,7 @@ def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
     if only_draft:  # before the files are read: the shell has made an empty one of what this is to fill
         click.echo(machines.draft(), nl=False)
         return
-    known = {machines.name_of(name): machines.load(name) for name in (*machines.names(), *files)}
-    if as_json:
-        here = {
-            "size": machine.size_of_machine(),
-            # Of a CPU that is known without torch, which takes seconds to load.
-            "dtype": machine.select("cpu" if machines.here()[0] == "cpu" else "auto").dtype,
-            "gpus": len(machine.nvidia_gpus()),
-            "fits": machines.fitting(),
-            "machines": {name: settings.model_dump(mode="json") for name, settings in known.items()},
-        }
-        click.echo(json.dumps(here))
-        return
+    known = {machines.name_of(name): machines.load(name) for name in files}
     device = machine.select()
     click.echo(f"device   {device.name} ({device.torch_name})")
     click.echo(f"dtype    {device.dtype} for matrix products")
@@ -57,8 +40,8 @@ def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
     gpus = machine.nvidia_gpus()
     if gpus:
         click.echo(f"GPUs     {len(gpus)}: {', '.join(sorted(set(gpus)))}")
-    for name in map(machines.name_of, files):
-        click.echo(f"file     {name} is right: {known[name].title}, {len(known[name].rungs)} rungs")
+    for name, settings in known.items():
+        click.echo(f"file     {name} is right: {settings.title}, {len(settings.rungs)} rungs")
     fitting = machines.fitting()
     if fitting:
         click.echo(f"fits     {', '.join(fitting)} (config/hardware/)")
@@ -70,16 +53,24 @@ def hardware(files: tuple[str, ...], as_json: bool, only_draft: bool) -> None:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--check", is_flag=True, help="Write nothing; fail where a file differs from the types.")
-def schema(folder: Path, check: bool) -> None:
-    """Write the JSON schemas of the settings into FOLDER."""
-    from picogpt.config import SCHEMAS, json_schema
-    from picogpt.files import read_text, write_text
+@click.argument("configuration", default="config/config.yaml")
+def plan(configuration: str) -> None:
+    """Print, as JSON, what a workflow must know before it can list its jobs. Asks no network.
 
-    for name in SCHEMAS:
-        path = folder / f"{name}.schema.json"
-        if not check:
-            write_text(path, json_schema(name))
-        elif read_text(path) != json_schema(name):
-            raise PicogptError(f"{path} is out of step with picogpt/config.py: picogpt schema {folder} writes it anew")
+    CONFIGURATION is a YAML file like config/config.yaml, or - for standard input: the text that is meant, the settings of
+    each model, which machines of config/hardware/ are measured here, and what a job on each asks a cluster for.
+
+    \b
+      picogpt plan
+      picogpt plan mine.yaml
+    """
+    from picogpt import plan as planning
+    from picogpt.config import read_yaml
+
+    if configuration == "-":
+        configuration, tree = "the configuration", yaml.safe_load(sys.stdin)
+        if not isinstance(tree, dict):
+            raise UsageError("the configuration on standard input is no mapping")
+    else:
+        tree = read_yaml(configuration)
+    click.echo(planning.make(tree, configuration).model_dump_json(indent=2))

@@ -72,11 +72,11 @@ def sample(
 @click.option("--hardware", "name", required=True, help="A machine of config/hardware/, or a YAML file of your own.")
 @click.option("--rung", required=True, help="How far up the ladder: baseline, tf32, bf16, compile, flash, ...")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of GPT-2 tokens. [default: newest in weights/]")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file with the model. [default: GPT-2 124M]")
+@click.option("--config", help="YAML file with the model, or a name in config/models/. [default: GPT-2 124M]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of it; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the record.")
 def train(
-    name: str, rung: str, data: Path | None, config: Path | None, overrides: tuple[str, ...], out: Path | None
+    name: str, rung: str, data: Path | None, config: str | None, overrides: tuple[str, ...], out: Path | None
 ) -> None:
     """Measure one rung of the training ladder: a step of GPT-2 with all optimizations up to RUNG.
 
@@ -93,9 +93,9 @@ def train(
     machine = machines.load(name)
     if rung not in machine.rungs:
         raise UsageError(f"hardware {name} has no rung {rung!r}; it has {', '.join(machine.rungs)}")
-    from picogpt.config import GPT2Config, load_experiment, model_config_file
+    from picogpt.config import GPT2Config, load_experiment, model_file
 
-    experiment = load_experiment(config or model_config_file("gpt2", "cpu"), overrides)
+    experiment = load_experiment(model_file(config or "gpt2"), overrides)
     if not isinstance(experiment.model, GPT2Config):
         raise UsageError(f"{config} describes a {experiment.model.kind}, and the ladder is one of gpt2")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would write lines of its own among ours

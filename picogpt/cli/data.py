@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from picogpt.cli.common import PRETRAINED, RESOURCES, RUN_PATTERN, WEIGHTS, now
 from picogpt.errors import Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
-    from picogpt.hub import HubFile
+    from picogpt.hub import Answer, HubFile
 
 FINEWEB = "fineweb-edu"
 
@@ -27,13 +26,11 @@ FINEWEB = "fineweb-edu"
     "--out", type=click.Path(path_type=Path), help="Also write a copy under this name (with one name, or --first)."
 )
 @click.option(
-    "--status", type=click.Path(path_type=Path), help="Write here whether it was had; if not, that is no error."
+    "--status",
+    type=click.Path(path_type=Path),
+    help="Write a JSON file that says of each name whether the hub gave it; that it did not is then no error.",
 )
-@click.option(
-    "--check",
-    is_flag=True,
-    help="Fetch nothing: say of each name whether it is here; of files of the hub, whether that answers.",
-)
+@click.option("--attempt", type=click.IntRange(1), default=1, help="A number for --status: which attempt this is.")
 @click.option("--shard", "shards", type=click.IntRange(0), multiple=True, help="Of fineweb-edu; repeatable.")
 def fetch(
     names: tuple[str, ...],
@@ -41,7 +38,7 @@ def fetch(
     folder: Path,
     out: Path | None,
     status: Path | None,
-    check: bool,
+    attempt: int,
     shards: tuple[int, ...],
 ) -> None:
     """Fetch assets of config/assets.yaml and verify them; without names, list them.
@@ -53,7 +50,7 @@ def fetch(
     What is here already is verified and not fetched again; a connection that breaks is taken up again.
     """
     from picogpt.data import assets, fineweb
-    from picogpt.files import atomic_write, write_text
+    from picogpt.files import atomic_write
 
     if not names:
         for name, asset in assets.registry().items():
@@ -69,15 +66,13 @@ def fetch(
         return
     if shards or FINEWEB in names:
         names = _with_shards(names, shards)
-    if check:
+    if status:
+        if elsewhere := [name for name in names if not _hub_file(name)]:
+            raise UsageError(f"--status is for files of the hub, and {elsewhere[0]} is of config/assets.yaml")
         from picogpt import hub
 
-        answers = functools.cache(hub.answers)  # asked once for all names
-        for name in names:
-            click.echo(_state(name, folder, answers))
-        return
-    if status:
-        write_text(status, "".join(f"{name}: {_had(name, folder, status)}\n" for name in names))
+        answers = {name: _ask(name, folder, status) for name in names}
+        hub.write_status(status, hub.HubStatus(attempt=attempt, endpoint=hub.endpoint(), files=answers))
         return
     if out and len(names) > 1 and not first:
         raise UsageError("--out takes one file: name one asset, or pass --first")
@@ -134,29 +129,17 @@ def _fetch(name: str, folder: Path) -> Path:
     return bpe.fetch_ranks(folder) if name == bpe.RANKS else assets.fetch(name, folder)
 
 
-def _had(name: str, folder: Path, status: Path) -> str:
-    """here, or unreachable or refused and why."""
+def _ask(name: str, folder: Path, status: Path) -> Answer:
+    """Fetch a file of the hub; its absence is an answer too."""
+    from picogpt.hub import Answer
+
     try:
-        _fetch(name, folder)
+        return Answer(state="here", path=str(_fetch(name, folder)))
     except Unreachable as error:
         click.echo(f"{name}: not measured here: {error}", err=True)
         if isinstance(error, Refused):
-            click.echo(f"a pipeline asks this hub again when its {status} is deleted", err=True)
-            return f"refused: {error}"
-        return f"unreachable: {error}"
-    return "here"
-
-
-def _state(name: str, folder: Path, hub_answers: Callable[[], bool]) -> str:
-    """here, reachable or unreachable; asks for no more than an answer."""
-    if file := _hub_file(name):
-        from picogpt import hub
-
-        return "here" if hub.is_cached(file) else "reachable" if hub_answers() else "unreachable"
-    from picogpt.data import assets
-
-    asset = assets.find(name)
-    return "here" if assets.is_whole(folder / asset.file, asset) else "unknown"
+            click.echo(f"a pipeline asks this hub again when {status} is deleted", err=True)
+        return Answer(state="refused" if isinstance(error, Refused) else "unreachable", reason=str(error))
 
 
 @click.group()

@@ -26,16 +26,6 @@ def loss_curve(run_folder: Path, out: Path) -> None:
     draw_loss_curve(run_folder, out)
 
 
-@report.command("data-scaling")
-@click.argument("record_file", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-def data_scaling(record_file: Path, out: Path) -> None:
-    """Draw how the cost of data grows, from the record of `picogpt bench data`."""
-    from picogpt.report.scaling import draw_data_scaling
-
-    draw_data_scaling(record_file, out)
-
-
 @report.command()
 @click.option("--hardware", "name", required=True, help="A machine of config/hardware/, or a YAML file of your own.")
 @click.argument("record_files", type=click.Path(path_type=Path), nargs=-1)
@@ -54,7 +44,7 @@ def throughput(name: str, record_files: tuple[Path, ...], references: tuple[Path
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def summary(record_files: tuple[Path, ...], references: tuple[Path, ...], out: Path) -> None:
     """Write the table of published and measured numbers."""
-    from picogpt.report.tables import write_summary
+    from picogpt.report.compare import write_summary
 
     write_summary(record_files, references, out)
 
@@ -63,7 +53,13 @@ def summary(record_files: tuple[Path, ...], references: tuple[Path, ...], out: P
 @click.option("--template", type=click.Path(path_type=Path), required=True)
 @click.option("--summary", "summary_file", type=click.Path(path_type=Path), required=True)
 @click.option("--record", "record_files", type=click.Path(path_type=Path), multiple=True)
-@click.option("--sample", "samples", multiple=True, metavar="NAME=FILE", help="A text that the template shows.")
+@click.option(
+    "--sample",
+    "samples",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A text that the template shows, by the name of its file; repeatable.",
+)
 @click.option("--set", "values", multiple=True, metavar="NAME=VALUE", help="A value that the template uses.")
 @click.option("--hardware", multiple=True, help="A machine whose training ladder is shown; repeatable.")
 @click.option("--reference", "references", type=click.Path(path_type=Path), multiple=True, help=REFERENCE)
@@ -72,7 +68,7 @@ def page(
     template: Path,
     summary_file: Path,
     record_files: tuple[Path, ...],
-    samples: tuple[str, ...],
+    samples: tuple[Path, ...],
     values: tuple[str, ...],
     hardware: tuple[str, ...],
     references: tuple[Path, ...],
@@ -81,8 +77,10 @@ def page(
     """Fill in the template of the write-up."""
     from picogpt.report.page import write_page
 
-    texts, named = _pairs(samples, "--sample"), _pairs(values, "--set")
-    write_page(template, summary_file, record_files, texts, named, hardware, references, out)
+    if wrong := [pair for pair in values if "=" not in pair]:
+        raise UsageError(f"--set {wrong[0]!r} is not of the form NAME=VALUE")
+    named = dict(pair.split("=", 1) for pair in values)
+    write_page(template, summary_file, record_files, samples, named, hardware, references, out)
 
 
 @click.command()
@@ -97,10 +95,3 @@ def reference(run: str) -> None:
 
     for folder in keep(Path(), run):
         click.echo(f"{folder}/: {len(list(folder.iterdir()))} files")
-
-
-def _pairs(arguments: tuple[str, ...], option: str) -> dict[str, str]:
-    wrong = [pair for pair in arguments if "=" not in pair]
-    if wrong:
-        raise UsageError(f"{option} {wrong[0]!r} is not of the form NAME=...")
-    return dict(pair.split("=", 1) for pair in arguments)

@@ -54,7 +54,7 @@ class TrainCommand(click.Command):
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of token files. [default: newest in weights/]")
 @click.option("--run", help=f"{RUN_PATTERN}. A run that was stopped goes on under its name.")
 @click.option("--folder", type=click.Path(path_type=Path), help="The folder of the run itself, wherever it is.")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings. [default: the shipped one]")
+@click.option("--config", help="YAML file of settings, or a name in config/models/. [default: of the model]")
 @click.option("--size", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="Which shipped settings.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
 @click.option("--seed", type=int, help="Short for --set train.seed=N.")
@@ -72,7 +72,7 @@ def train(
     data: Path | None,
     run: str | None,
     folder: Path | None,
-    config: Path | None,
+    config: str | None,
     size: str,
     overrides: tuple[str, ...],
     seed: int | None,
@@ -96,7 +96,7 @@ def train(
     """
     if run and folder:
         raise UsageError("give --run or --folder, not both")
-    from picogpt.config import load_experiment, model_config_file
+    from picogpt.config import load_experiment, model_file
     from picogpt.data.corpus import open_data
     from picogpt.train.distributed import joined
 
@@ -112,7 +112,7 @@ def train(
             if override.partition("=")[0] in batch:
                 raise UsageError(f"--set {override}: --hardware {hardware} settles that, from its file; leave out one")
         overrides += tuple(f"{key}={value}" for key, value in batch.items())
-    experiment = load_experiment(config or model_config_file(kind, size_of(size)), overrides)
+    experiment = load_experiment(model_file(config or kind, size_of(size)), overrides)
     if experiment.model.kind != kind:
         raise UsageError(f"{config} describes a {experiment.model.kind}, not a {kind}")
     token_data = open_data(data or token_folder(kind))

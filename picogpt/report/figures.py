@@ -8,7 +8,7 @@ from typing import Any
 
 from picogpt import records
 from picogpt.files import atomic_write
-from picogpt.report.published import CORPUS, numbers, on_published_corpus
+from picogpt.report.compare import CORPUS, on_published_text, published
 
 # Okabe and Ito's palette, told apart by colour-blind readers; and grey for what is not ours.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
@@ -107,20 +107,20 @@ def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int
     floor = record["results"].get("closed_form_train_loss")
     if floor is not None:
         lines.append((floor, f"floor of training, pair counts: {floor:.4f}", GREEN, (2, 1)))
-    on_corpus = on_published_corpus(record)
     names = {
         "train_loss_after": ("published, training", (8, 3)),
         "val_loss_after": ("published, last validation", (5, 3)),
         "best_val_loss": ("published, best validation", (3, 2)),
     }
-    known = {number.key: number for number in numbers() if number.record == record["kind"]}
+    rows = published()
+    known = rows[(rows.record == record["kind"]) & rows.published.notna()].set_index("key")
     for key, (name, dashes) in names.items():
-        number = known.get(key)
-        if number is None or number.published is None:
+        if key not in known.index:
             continue
-        if not number.comparable:
-            name = "published, measured in another way"
-        elif number.on_corpus and not on_corpus:
+        number = known.loc[key]
+        if number.comparable == "no":
+            name = "published, measured differently"
+        elif number.depends_on_text == "yes" and not on_published_text(record):
             name += f" ({CORPUS})"
         lines.append((number.published, f"{name}: {number.published:.4f}", GREY, dashes))
     return lines

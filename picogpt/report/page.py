@@ -12,14 +12,14 @@ from picogpt import machines
 from picogpt.errors import PicogptError
 from picogpt.files import read_text, write_text
 from picogpt.report import ladder
-from picogpt.report.tables import read_records, read_references, read_summary
+from picogpt.report.compare import read_records, read_references, read_summary
 
 
 def write_page(
     template: Path,
     summary: Path,
     record_files: Iterable[Path],
-    samples: Mapping[str, str],
+    samples: Iterable[Path],
     values: Mapping[str, str],
     hardware: Iterable[str],
     reference_files: Iterable[Path],
@@ -27,7 +27,7 @@ def write_page(
 ) -> None:
     """Fill in the Markdown template.
 
-    It sees `sections` (rows of the summary by section), `records` (by kind), `samples` (texts by name), the `values`,
+    It sees `sections` (rows of the summary by section), `records` (by kind), `samples` (texts by their file's name without suffix), the `values`,
     and `ladders`: for each machine of `hardware`, its settings and its records, those of a reference where there are
     none from here; and the `loss_tolerance` of all.
 
@@ -63,7 +63,7 @@ def write_page(
             records=by_kind,
             ladders=ladders,
             loss_tolerance=ladder.LOSS_TOLERANCE,
-            samples={name: read_text(path) for name, path in samples.items()},
+            samples={path.stem: read_text(path) for path in samples},
             **values,
         )
     except (TemplateError, TypeError, ValueError) as error:  # the last two: a number that the record lacks

@@ -9,9 +9,8 @@ from typing import Any
 from picogpt import machines
 from picogpt.config import MachineConfig
 from picogpt.report import ladder
+from picogpt.report.compare import published_values, read_records, read_references
 from picogpt.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION, pyplot, save
-from picogpt.report.published import published
-from picogpt.report.tables import read_records, read_references
 
 GPT2_124M = 124_439_808
 LABELS = {
@@ -22,9 +21,9 @@ LABELS = {
     "flash": "+ flash attention",
     "padded_vocab": "+ padded vocabulary",
     "fused_adamw": "+ fused AdamW, decay groups",
-    "fused_loss": "+ head and loss in one",
-    "best_attention": "+ best attention here",
-    "kept_memory": "+ memory kept",
+    "fused_loss": "+ fused head and loss",
+    "best_attention": "+ fastest attention kernel",
+    "kept_memory": "+ malloc keeps freed memory",
     "cuda_graphs": "+ CUDA graphs",
     "max_autotune": "+ max-autotune",
 }
@@ -39,8 +38,8 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
     machine, name = machines.load(name), machines.name_of(name)
     here = ladder.of(name, read_records(record_files))
     measured = here or ladder.of(name, read_references(reference_files))
-    marks = {rung: published(ladder.kind(name, rung)).get("speedup") for rung in machine.rungs}
-    target = published(f"train gpt2 {name}").get("tokens_per_second")
+    marks = {rung: published_values(ladder.kind(name, rung)).get("speedup") for rung in machine.rungs}
+    target = published_values(f"train gpt2 {name}").get("tokens_per_second")
 
     plt = pyplot()
     height = 1.9 + 0.42 * len(machine.rungs)  # inches
@@ -155,7 +154,7 @@ def _reason(record: dict[str, Any] | None) -> str:
 
 def _caption(measured: dict[str, Any], bars: list[dict[str, Any]]) -> str:
     if not bars:
-        return "published: the write-up of which this is a reproduction; config/published.yaml has its numbers"
+        return "published: the write-up of which this is a reproduction; config/published.csv has its numbers"
     record = next(record for record in measured.values() if record["results"])
     device, software = record["device"], record["software"]
     difference = ladder.largest_difference(measured) or 0.0  # there are bars, so there is a baseline

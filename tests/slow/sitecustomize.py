@@ -9,15 +9,13 @@ PICOGPT_TEST_NET=FILE        What jobs of a cluster want of the network, by Pyth
                              the port of HF_ENDPOINT.
 PICOGPT_TEST_LATE=NAME:S     A file of this name appears so many seconds after it was written, as on a file system that lags.
 
-And Snakemake asks SLURM every two seconds, where the plugin waits ten more each time, as is right on a cluster; and it does not
-load the plugin for Kubernetes, which takes half a second of each of its two starts in a job.
+And Snakemake asks SLURM every two seconds, where the plugin waits ten more each time, as is right on a cluster.
 """
 
 import contextlib
 import importlib.abc
 import importlib.util
 import os
-import pkgutil
 import subprocess
 import sys
 import time
@@ -105,13 +103,6 @@ def ask_often(module):
     module.Executor.next_seconds_between_status_checks = property(lambda executor: 2, lambda executor, seconds: None)
 
 
-def without_kubernetes():
-    every = pkgutil.iter_modules
-    pkgutil.iter_modules = lambda *arguments: (
-        module for module in every(*arguments) if module.name != "snakemake_executor_plugin_kubernetes"
-    )
-
-
 class Change(importlib.abc.MetaPathFinder):
     """Changes a module once it has been imported."""
 
@@ -133,7 +124,6 @@ class Change(importlib.abc.MetaPathFinder):
         return spec
 
 
-without_kubernetes()
 sys.meta_path.insert(0, Change("snakemake_executor_plugin_slurm", ask_often))
 if os.environ.get("PICOGPT_TEST_HOLD"):
     sys.meta_path.insert(0, Change("picogpt.train.loop", hold))

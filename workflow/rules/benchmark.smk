@@ -1,43 +1,41 @@
-# in:  GPT-2 as trained here, and OpenAI's where the hub could be reached
-# out: results/records/: what each knows, how fast it samples, what it weighs; how the cost of data grows
+# in:  GPT-2 as trained here, and OpenAI's where the hub gave it; GPT-2's tokens; the machines of config/hardware/
+# out: results/records/: losses and texts, sampling speed, sizes of weight files; ladder/MACHINE/RUNG.json
 
 
 localrules:
     bench_weights,
 
 
+# How the command line names each GPT-2. Where OpenAI's is not here, --optional writes a record that says so.
+GPT2_ARGUMENTS = {"gpt2": ["gpt2", f"--ckpt={GPT2}/best.pt"], "gpt2-pretrained": ["gpt2-pretrained", "--optional"]}
+
+
 rule evaluate:
     """
-    The loss on the whole validation text, in the dtype in which the model would sample, and texts from given prompts.
-
-    For weights in eight bits the difference to float32 is what they cost.
+    The loss on the whole validation text, in the dtype in which the model would sample, and continuations of prompts.
+    The difference between float32 and eight-bit weights is what quantization costs.
     """
     input:
-        ckpt=lambda wildcards: gpt2_weights(wildcards.gpt2),
+        weights=lambda wildcards: hub_status(wildcards) if wildcards.gpt2 != "gpt2" else f"{GPT2}/best.pt",
         tokens=rules.tokenize_gpt2.output,
         ranks="resources/gpt2.tiktoken",
     output:
         "results/records/evaluate_{gpt2}_{dtype}.json",
     log:
         "logs/evaluate_{gpt2}_{dtype}.log",
-    conda:
-        "../envs/picogpt.yaml"
     resources:
+        **PLAN["resources"],
         machine=100,
-        runtime=30,
         mem_mb=6000,
-        gpu=1 if SIZE == "gpu" else 0,
-        gpu_model=gpu_model() if SIZE == "gpu" else None,
-        cpus_per_task=CPUS,
     params:
-        model=lambda wildcards: gpt2_arguments(wildcards.gpt2),
-        tokens=lambda wildcards, input: Path(input.tokens[0]).parent,
-        prompts=[f"--prompt={prompt}" for prompt in config["gpt2"]["prompts"]],
+        model=lambda wildcards: GPT2_ARGUMENTS[wildcards.gpt2],
+        on_hub=lambda wildcards: hub_answer("pretrained") if wildcards.gpt2 != "gpt2" else "",
+        prompts=lambda wildcards: expand("--prompt={prompt}", prompt=config["gpt2"]["prompts"]),
         prompt_tokens=config["gpt2"]["prompt_tokens"],
     shell:
         "picogpt evaluate {params.model:q}"
         " --dtype {wildcards.dtype}"
-        " --data {params.tokens:q}"
+        f" --data {GPT2_TOKENS}"
         " {params.prompts:q}"
         " -n {params.prompt_tokens}"
         " --out {output:q}"
@@ -45,25 +43,20 @@ rule evaluate:
 
 
 rule bench_sampling:
-    """How many tokens a second one stream gets; nothing else runs meanwhile, and every run is listed."""
+    """Tokens per second of one stream; nothing else runs meanwhile, and the record lists every run."""
     input:
-        ckpt=lambda wildcards: gpt2_weights(wildcards.gpt2),
+        weights=lambda wildcards: hub_status(wildcards) if wildcards.gpt2 != "gpt2" else f"{GPT2}/best.pt",
         ranks="resources/gpt2.tiktoken",
     output:
         "results/records/sampling_{gpt2}_{dtype}.json",
     log:
         "logs/bench_sampling_{gpt2}_{dtype}.log",
-    conda:
-        "../envs/picogpt.yaml"
     resources:
+        **PLAN["resources"],
         machine=100,
-        runtime=30,
-        mem_mb=4000,
-        gpu=1 if SIZE == "gpu" else 0,
-        gpu_model=gpu_model() if SIZE == "gpu" else None,
-        cpus_per_task=CPUS,
     params:
-        model=lambda wildcards: gpt2_arguments(wildcards.gpt2),
+        model=lambda wildcards: GPT2_ARGUMENTS[wildcards.gpt2],
+        on_hub=lambda wildcards: hub_answer("pretrained") if wildcards.gpt2 != "gpt2" else "",
         dtype="{dtype}",
         tokens=config["gpt2"]["throughput_tokens"],
         runs=config["gpt2"]["throughput_runs"],
@@ -78,74 +71,69 @@ rule bench_sampling:
 
 use rule bench_sampling as bench_sampling_streams with:
     input:
-        ckpt=f"{GPT2}/best.pt",
+        weights=f"{GPT2}/best.pt",
         ranks="resources/gpt2.tiktoken",
     output:
         "results/records/sampling_gpt2_streams.json",
     log:
         "logs/bench_sampling_gpt2_streams.log",
     params:
-        model=[*gpt2_arguments("gpt2"), f"--batch-size={config['gpt2']['throughput_streams']}"],
-        dtype=FAST_DTYPE,
-        tokens=config["gpt2"]["throughput_tokens"],
-        runs=config["gpt2"]["throughput_runs"],
-
-
-rule bench_data:
-    """
-    How the cost of data grows: tokenizing with the cores, in turn with tiktoken's own; reading with the number of shards.
-    """
-    input:
-        text=corpus_file(),
-        ranks="resources/gpt2.tiktoken",
-    output:
-        "results/records/data.json",
-    log:
-        "logs/bench_data.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        machine=100,
-        runtime=30,
-        mem_mb=4000,
-        cpus_per_task=CPUS,
-    params:
-        shards=[f"--shards={count}" for count in config["data"]["shards"]],
-        characters=config["data"]["characters"],
-        windows=config["data"]["windows"],
-        runs=config["data"]["runs"],
-    shell:
-        "picogpt bench data"
-        " --text {input.text:q}"
-        " {params.shards:q}"
-        " --characters {params.characters}"
-        " --windows {params.windows}"
-        " --runs {params.runs}"
-        " --out {output:q}"
-        " > {log:q} 2>&1"
+        model=[*GPT2_ARGUMENTS["gpt2"], f"--batch-size={config['gpt2']['throughput_streams']}"],
+        on_hub="",
+        dtype=PLAN["fast_dtype"],
 
 
 rule bench_weights:
-    """What the trained weights weigh on disk, beside OpenAI's."""
+    """Sizes of the trained weights on disk, beside OpenAI's."""
     input:
-        ckpt=f"{GPT2}/best.pt",
-        pretrained="resources/pretrained.txt",
-        char=expand(f"weights/{{model}}/{RUN}/best.pt", model=MODELS),
+        bigram=f"weights/char_bigram/{RUN}/best.pt",
+        transformer=f"weights/char_transformer/{RUN}/best.pt",
+        gpt2=f"{GPT2}/best.pt",
+        hub=hub_status,
     output:
         "results/records/weights.json",
     log:
         "logs/bench_weights.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=10,
-        mem_mb=1000,
     params:
-        char=lambda wildcards, input: [f"{Path(path).parts[1].replace('_', '-')}={path}" for path in input.char],
+        on_hub=lambda wildcards: hub_answer("pretrained"),
     shell:
         "picogpt bench weights"
-        " {params.char:q}"
-        " gpt2={input.ckpt:q}"
+        " char-bigram={input.bigram:q}"
+        " char-transformer={input.transformer:q}"
+        " gpt2={input.gpt2:q}"
         " gpt2-pretrained=gpt2-pretrained"
         " --out {output:q}"
         " > {log:q} 2>&1"
+
+
+rule bench_train:
+    """
+    One rung of the training ladder: a step of GPT-2 with every optimization up to this one, in a process of its own.
+    Rungs run in order, each after the one before it: the speed of a machine drifts, and neighbours must be comparable.
+    On any other device than the hardware file names it is refused, so that no number is listed under a wrong name.
+    """
+    input:
+        rules.tokenize_gpt2.output,
+        before=lambda w: [f"results/records/ladder/{w.hardware}/{name}.json" for name in rung(w)["before"]],
+    output:
+        "results/records/ladder/{hardware}/{rung}.json",
+    log:
+        "logs/bench_train_{hardware}_{rung}.log",
+    resources:
+        **MACHINE_RESOURCES,
+        machine=100,
+        mem_mb=lambda wildcards: 12000 * machine(wildcards, "ranks"),
+    params:
+        launch=lambda wildcards: machine(wildcards, "launch"),
+        machine=lambda wildcards: machine(wildcards, "argument"),
+        settings=lambda wildcards: rung(wildcards)["settings"],
+        model=PLAN["ladder_model"],
+        overrides=lambda wildcards: expand("--set={pair}", pair=config["ladder"]["set"]),
+    shell:
+        "{params.launch} bench train"
+        " --hardware {params.machine:q}"
+        " --rung {wildcards.rung}"
+        f" --data {GPT2_TOKENS}"
+        " {params.overrides:q}"
+        " --out {output:q}"
+        " 2>&1 | tee -i {log:q}"

@@ -1,67 +1,77 @@
-# in:  nothing (the network, once)
-# out: resources/corpus.txt, resources/gpt2.tiktoken, resources/pretrained.txt
+# in:  the network, once: all rules that use it are here, and they run where Snakemake runs
+# out: resources/: corpus.txt, gpt2.tiktoken; hub.json and fineweb-edu/SHARD.txt, which say what is in the hub client's cache
 
 
 localrules:
     fetch_corpus,
     fetch_gpt2_ranks,
-    fetch_pretrained,
+    fetch_hub,
+    fetch_fineweb,
 
 
 rule fetch_corpus:
-    """
-    Bring the first corpus of the configured list that can be had, verified against its pinned hash.
-
-    Only the fetch rules, here and in fineweb.smk, touch the network. What arrived stays in resources/, so that the next
-    run asks nobody.
-    """
+    """Fetch the first corpus of the configured list that can be had, and verify it against its pinned hash."""
     output:
         "resources/corpus.txt",
     log:
         "logs/fetch_corpus.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=10,
-        mem_mb=500,
     params:
         names=config["corpus"],
     shell:
-        "picogpt fetch --first {params.names:q}" " --folder resources" " --out {output:q}" " 2>&1 | tee -i {log:q}"
+        """
+        picogpt fetch --first {params.names:q} \
+            --folder resources \
+            --out {output:q} \
+            2>&1 | tee -i {log:q}
+        """
 
 
 rule fetch_gpt2_ranks:
-    """Bring the merges of GPT-2's tokenizer, verified; whichever source serves, they are the same bytes."""
+    """Fetch the merges of GPT-2's tokenizer and verify them; every source serves the same bytes."""
     output:
         "resources/gpt2.tiktoken",
     log:
         "logs/fetch_gpt2_ranks.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=10,
-        mem_mb=500,
     shell:
-        "picogpt fetch gpt2-ranks" " --folder resources" " > {log:q} 2>&1"
+        """
+        picogpt fetch gpt2-ranks \
+            --folder resources \
+            >{log:q} 2>&1
+        """
 
 
-rule fetch_pretrained:
+checkpoint fetch_hub:
     """
-    Bring OpenAI's weights into the cache of the hub's client, and note whether they could be had.
+    Fetch OpenAI's weights into the cache of the hub's client, and note whether the hub gave them.
 
-    Where the hub cannot be reached everything else is made, and the rows of the pretrained model say so; they
-    join at the next run that can reach it.
+    Where it cannot be reached everything else is made, and the rows of the pretrained model say so. Every run asks again
+    until it answers. For a machine with a long training it is asked for the first shard of FineWeb-Edu, too.
     """
     output:
-        "resources/pretrained.txt",
+        update("resources/hub.json"),  # the old answer is kept until there is a new one
     log:
-        "logs/fetch_pretrained.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=60,
-        mem_mb=1000,
+        "logs/fetch_hub.log",
     params:
-        hub=hub_state(),
+        names=PLAN["from_hub"],
+        attempt=PLAN["hub_attempt"],
     shell:
-        "picogpt fetch pretrained --status {output:q} 2>&1 | tee -i {log:q};" " echo {params.hub:q} >> {output:q}"
+        """
+        picogpt fetch {params.names:q} \
+            --attempt {params.attempt} \
+            --status {output:q} \
+            2>&1 | tee -i {log:q}
+        """
+
+
+rule fetch_fineweb:
+    """Fetch one shard of FineWeb-Edu, 2 GB of text, verify it, and note where in the client's cache it lies."""
+    output:
+        "resources/fineweb-edu/{shard}.txt",
+    log:
+        "logs/fetch_fineweb_{shard}.log",
+    shell:
+        """
+        picogpt fetch fineweb-edu \
+            --shard {wildcards.shard} \
+            >{output:q} 2>{log:q}
+        """

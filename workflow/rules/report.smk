@@ -1,124 +1,118 @@
-# in:  records, metrics and samples
-# out: media/*_loss.png, media/data_scaling.png, results/summary.csv, results/report.md
+# in:  records, metrics and samples; config/published.csv; results/reference/
+# out: media/*_loss.png, media/gpt2_MACHINE_throughput.png, results/summary.csv, results/report.md
+
+
+report: "../report/workflow.rst"
 
 
 localrules:
     loss_curve,
-    loss_curve_gpt2,
-    data_scaling,
+    throughput,
     summary,
     page,
 
 
+# A relative path, so that nothing runs again when the clone is moved.
+SOURCE = Path(os.path.relpath(ROOT))
+PUBLISHED = str(SOURCE / "config/published.csv")
+REFERENCES = sorted(map(str, (SOURCE / "results/reference").glob("*/*.json")))
 RECORDS = [
     *expand(f"weights/{{model}}/{RUN}/record.json", model=MODELS),
     f"{GPT2}/record.json",
-    *expand(f"weights/gpt2/{RUN}/fineweb-edu_{{hardware}}/record.json", hardware=DISTRIBUTED),
     *expand(
         "results/records/{measured}_{gpt2}_{dtype}.json",
         measured=["evaluate", "sampling"],
         gpt2=["gpt2", "gpt2-pretrained"],
         dtype=config["gpt2"]["dtypes"],
     ),
-    "results/records/sampling_gpt2_streams.json",
-    "results/records/weights.json",
-    "results/records/data.json",
-    *(path for name in MEASURED for path in ladder_records(name)),
+    *expand("results/records/{name}.json", name=["sampling_gpt2_streams", "weights", *PLAN["measured_rungs"]]),
 ]
-REFERENCES = [local(path) for path in sorted(map(str, REFERENCE.glob("*/*.json")))]
-SAMPLES = {
-    f"{model}_{stage}": f"results/samples/{model}_{stage}.txt" for model in MODELS for stage in ("untrained", "trained")
+RUN_FOLDERS = {
+    **{model: f"weights/{model}/{RUN}" for model in MODELS},
+    f"gpt2_{CORPUS}": GPT2,
+    **{f"gpt2_{name}": f"weights/gpt2/{RUN}/fineweb-edu_{name}" for name in PLAN["machines"]},
 }
 
 
 rule loss_curve:
-    """Draw how the losses fell, beside the published values, with every epoch and the best step marked."""
+    """Draw training and validation loss beside the published values, with every epoch and the best step marked."""
     input:
-        multiext(f"weights/{{model}}/{RUN}/", "record.json", "metrics.jsonl"),
+        lambda wildcards: multiext(f"{RUN_FOLDERS[wildcards.run]}/", "record.json", "metrics.jsonl"),
         PUBLISHED,
     output:
         report(
-            "media/{model}_loss.png",
+            "media/{run}_loss.png",
             caption="../report/loss_curve.rst",
-            category="character models",
-            labels={"model": "{model}", "artifact": "loss curve"},
+            category="loss curves",
+            labels={"model": "{run}"},
         ),
     log:
-        "logs/loss_curve_{model}.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=5,
-        mem_mb=1000,
+        "logs/loss_curve_{run}.log",
+    wildcard_constraints:
+        run="|".join(RUN_FOLDERS),
     params:
-        run_folder=lambda wildcards: f"weights/{wildcards.model}/{RUN}",
+        folder=lambda wildcards: RUN_FOLDERS[wildcards.run],
     shell:
-        "picogpt report loss-curve" " --run-folder {params.run_folder:q}" " --out {output:q}" " > {log:q} 2>&1"
+        """
+        picogpt report loss-curve \
+            --run-folder {params.folder:q} \
+            --out {output:q} \
+            >{log:q} 2>&1
+        """
 
 
-use rule loss_curve as loss_curve_gpt2 with:
+rule throughput:
+    """
+    Draw the training ladder of a machine beside the published values. What is not measured here comes from the reference records, or is left out; the picture says which.
+    """
     input:
-        multiext(f"{GPT2}/", "record.json", "metrics.jsonl"),
-        PUBLISHED,
+        records=lambda wildcards: [path for path in RECORDS if f"/ladder/{wildcards.hardware}/" in path],
+        references=lambda w: [path for path in REFERENCES if Path(path).name.startswith(f"ladder_{w.hardware}_")],
+        published=PUBLISHED,
     output:
         report(
-            f"media/gpt2_{CORPUS}_loss.png",
-            caption="../report/loss_curve.rst",
-            category="gpt-2",
-            labels={"model": "gpt2", "artifact": "loss curve"},
+            "media/gpt2_{hardware}_throughput.png",
+            caption="../report/throughput.rst",
+            category="training ladder",
+            labels={"machine": "{hardware}"},
         ),
     log:
-        "logs/loss_curve_gpt2.log",
+        "logs/throughput_{hardware}.log",
     params:
-        run_folder=lambda wildcards, input: Path(input[0]).parent,
-
-
-rule data_scaling:
-    """Draw how the cost of data grows: it should be a straight line on the left, and flat on the right."""
-    input:
-        "results/records/data.json",
-    output:
-        report(
-            "media/data_scaling.png",
-            caption="../report/data_scaling.rst",
-            category="data",
-            labels={"model": "all", "artifact": "cost of data"},
-        ),
-    log:
-        "logs/data_scaling.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=5,
-        mem_mb=1000,
+        machine=lambda wildcards: machine(wildcards, "argument"),
+        settings=lambda wildcards: machine(wildcards, "settings"),
+        references=lambda wildcards, input: expand("--reference={path}", path=input.references),
     shell:
-        "picogpt report data-scaling" " {input:q}" " --out {output:q}" " > {log:q} 2>&1"
+        "picogpt report throughput"
+        " --hardware {params.machine:q}"
+        " {input.records:q}"
+        " {params.references:q}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule summary:
     """Put each published number beside the measured one, and say whether it was reproduced and why not."""
     input:
         records=RECORDS,
+        trainings=long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/record.json"),
+        hub=hub_status,
         references=REFERENCES,
         published=PUBLISHED,
     output:
         report(
-            "results/summary.csv",
-            caption="../report/summary.rst",
-            category="comparison",
-            labels={"model": "all", "artifact": "table"},
+            "results/summary.csv", caption="../report/summary.rst", category="comparison", labels={"artifact": "table"}
         ),
     log:
         "logs/summary.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=5,
-        mem_mb=500,
     params:
-        references=[f"--reference={path}" for path in REFERENCES],
+        references=expand("--reference={path}", path=REFERENCES),
     shell:
-        "picogpt report summary {input.records:q}" " {params.references:q}" " --out {output:q}" " > {log:q} 2>&1"
+        "picogpt report summary {input.records:q}"
+        " {input.trainings:q}"
+        " {params.references:q}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule page:
@@ -126,50 +120,38 @@ rule page:
     input:
         summary="results/summary.csv",
         records=RECORDS,
-        samples=SAMPLES.values(),
+        trainings=long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/record.json"),
+        hub=hub_status,
+        samples=expand("media/{model}_sample.txt", model=[*MODELS, f"gpt2_{CORPUS}"]),
+        untrained=expand("results/samples/{model}_untrained.txt", model=MODELS),
         references=REFERENCES,
-        figures=[
-            *expand("media/{model}_loss.png", model=[*MODELS, f"gpt2_{CORPUS}"]),
-            "media/data_scaling.png",
-            *expand("media/gpt2_{hardware}_throughput.png", hardware=HARDWARE),
-            *expand("media/gpt2_{hardware}_loss.png", hardware=DISTRIBUTED),
-        ],
-        texts=["media/char_transformer_sample.txt", f"media/gpt2_{CORPUS}_sample.txt"],
-        template=local(str(Path(workflow.basedir, "report/report.md.j2"))),
+        figures=expand("media/{run}_loss.png", run=[*MODELS, f"gpt2_{CORPUS}"]),
+        ladders=expand("media/gpt2_{hardware}_throughput.png", hardware=PLAN["machines"]),
+        curves=long_trainings("media/gpt2_{name}_loss.png"),
+        template=str(SOURCE / "workflow/report/report.md.j2"),
     output:
         report(
-            "results/report.md",
-            caption="../report/page.rst",
-            category="comparison",
-            labels={"model": "all", "artifact": "write-up"},
+            "results/report.md", caption="../report/page.rst", category="comparison", labels={"artifact": "write-up"}
         ),
     log:
         "logs/page.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=5,
-        mem_mb=500,
     params:
-        gpt2_media=f"gpt2_{CORPUS}",
+        corpus=CORPUS,
         first_dtype=config["gpt2"]["dtypes"][0],
-        records=expand("--record={record}", record=RECORDS),
-        references=[f"--reference={path}" for path in REFERENCES],
-        hardware=[f"--hardware={machine_argument(name)}" for name in HARDWARE],
-        machines=json.dumps([machine_settings(name) for name in HARDWARE], sort_keys=True),
-        samples=expand(
-            "--sample={pair}",
-            pair=[f"{name}={path}" for name, path in SAMPLES.items()] + [f"gpt2=media/gpt2_{CORPUS}_sample.txt"],
-        ),
+        records=lambda wildcards, input: expand("--record={path}", path=[*input.records, *input.trainings]),
+        references=expand("--reference={path}", path=REFERENCES),
+        machines=[f"--hardware={plan['argument']}" for plan in PLAN["machines"].values()],
+        settings=[plan["settings"] for plan in PLAN["machines"].values()],
+        samples=lambda wildcards, input: expand("--sample={path}", path=[*input.samples, *input.untrained]),
     shell:
         "picogpt report page"
         " --template {input.template:q}"
         " --summary {input.summary:q}"
         " {params.records:q}"
         " {params.references:q}"
-        " {params.hardware:q}"
+        " {params.machines:q}"
         " {params.samples:q}"
-        " --set gpt2_media={params.gpt2_media:q}"
+        " --set gpt2_media=gpt2_{params.corpus}"
         " --set first_dtype={params.first_dtype}"
         " --out {output:q}"
         " > {log:q} 2>&1"

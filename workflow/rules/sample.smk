@@ -1,90 +1,58 @@
 # in:  weights/MODEL/RUN/best.pt and the tokenizer
-# out: texts that the models write: results/samples/, media/*_sample.txt
-
-
-localrules:
-    sample_artifact,
+# out: texts written by the models: media/MODEL_sample.txt; before training: results/samples/MODEL_untrained.txt
 
 
 rule sample:
-    """
-    Let a model write: one character after another, each drawn from the probabilities it gives.
-
-    The untrained text comes from the weights that the training began with, rebuilt from the seed.
-    """
+    """Sample from a model: each token is drawn from the probabilities that it gives."""
     input:
         ckpt=f"weights/{{model}}/{RUN}/best.pt",
         tokenizer=f"{TOKENS}/tokenizer.json",
     output:
-        "results/samples/{model}_{stage}.txt",
+        report(
+            "media/{model}_sample.txt", caption="../report/sample.rst", category="samples", labels={"model": "{model}"}
+        ),
     log:
-        "logs/sample_{model}_{stage}.log",
-    wildcard_constraints:
-        stage="trained|untrained",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=20,
-        mem_mb=2000,
+        "logs/sample_{model}.log",
     params:
-        tokens=lambda wildcards, input: Path(input.tokenizer).parent,
-        kind=lambda wildcards: wildcards.model.replace("_", "-"),
-        characters=lambda wildcards: config[wildcards.model][
-            ("sample_characters" if wildcards.stage == "trained" else "untrained_characters")
-        ],
-        untrained=lambda wildcards: ("--untrained" if wildcards.stage == "untrained" else ""),
+        name=lambda wildcards: wildcards.model.replace("_", "-"),
+        tokenizer=f"--tokenizer-dir={TOKENS}",
+        tokens=lambda wildcards: config[wildcards.model]["sample_characters"],
+        untrained="",
     shell:
-        "picogpt sample {params.kind:q}"
+        "picogpt sample {params.name:q}"
         " --ckpt {input.ckpt:q}"
-        " --tokenizer-dir {params.tokens:q}"
-        " -n {params.characters}"
+        " {params.tokenizer}"
         " {params.untrained}"
+        " -n {params.tokens}"
         " --out {output:q}"
         " > {log:q} 2>&1"
 
 
-rule sample_artifact:
-    """The long sample of the write-up, under its own name."""
-    input:
-        "results/samples/char_transformer_trained.txt",
+use rule sample as sample_untrained with:
+    # From the initial weights, which are rebuilt from the seed.
     output:
-        report(
-            "media/char_transformer_sample.txt",
-            caption="../report/char_transformer_sample.rst",
-            category="character models",
-            labels={"model": "char transformer", "artifact": "sample"},
-        ),
+        "results/samples/{model}_untrained.txt",
     log:
-        "logs/sample_artifact.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=5,
-        mem_mb=500,
-    shell:
-        "cp {input:q} {output:q} 2> {log:q}"
+        "logs/sample_{model}_untrained.log",
+    params:
+        tokens=lambda wildcards: config[wildcards.model]["untrained_characters"],
+        untrained="--untrained",
 
 
-rule sample_gpt2:
-    """Let GPT-2 write, one token after another, from the weights that predict the validation text best."""
+use rule sample as sample_gpt2 with:
     input:
         ckpt=f"{GPT2}/best.pt",
-        ranks="resources/gpt2.tiktoken",
+        tokenizer="resources/gpt2.tiktoken",
     output:
         report(
             f"media/gpt2_{CORPUS}_sample.txt",
-            caption="../report/gpt2_sample.rst",
-            category="gpt-2",
-            labels={"model": "gpt2", "artifact": "sample"},
+            caption="../report/sample.rst",
+            category="samples",
+            labels={"model": "gpt2"},
         ),
     log:
         "logs/sample_gpt2.log",
-    conda:
-        "../envs/picogpt.yaml"
-    resources:
-        runtime=20,
-        mem_mb=4000,
     params:
+        name="gpt2",
+        tokenizer="",
         tokens=config["gpt2"]["sample_tokens"],
-    shell:
-        "picogpt sample gpt2" " --ckpt {input.ckpt:q}" " -n {params.tokens}" " --out {output:q}" " > {log:q} 2>&1"

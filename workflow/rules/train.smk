@@ -1,54 +1,44 @@
 # in:  token files
-# out: weights/MODEL/RUN/ and weights/gpt2/RUN/CORPUS/: best.pt, metrics.jsonl, record.json
+# out: weights/MODEL/RUN/, weights/gpt2/RUN/CORPUS/, weights/gpt2/RUN/fineweb-edu_MACHINE/: best.pt, metrics.jsonl, record.json
+#
+# A training keeps its checkpoints in the folder checkpoints/ there. They are no declared outputs, because Snakemake deletes
+# the outputs of a failed job: a job that was killed continues from its last checkpoint.
+
+# SLURM sends SIGTERM to every process of a job. The trainer saves and ends; the shell and tee must outlive it.
+WAIT_FOR_TRAINER = "trap '' TERM; "
 
 
 rule train:
-    """
-    Minimize the cross-entropy of the next character, and keep the weights that predict the validation text best.
-
-    The training keeps its checkpoints in weights/MODEL/RUN/checkpoints/, which is no output: Snakemake deletes
-    the outputs of a failed job, and a job that was killed goes on from its last checkpoint.
-    """
+    """Minimize the cross-entropy of the next character, and keep the weights with the lowest validation loss."""
     input:
         rules.tokenize_char.output,
     output:
         multiext(f"weights/{{model}}/{RUN}/", "best.pt", "metrics.jsonl", "record.json"),
     log:
         "logs/train_{model}.log",
-    benchmark:
-        "logs/train_{model}.tsv"
-    conda:
-        "../envs/picogpt.yaml"
     resources:
-        # Timings are taken alone.
-        machine=100,
-        runtime=60,
+        **PLAN["resources"],
+        machine=100,  # all of it: nothing runs beside what is timed
         mem_mb=8000,
-        gpu=1 if SIZE == "gpu" else 0,
-        gpu_model=gpu_model() if SIZE == "gpu" else None,
-        cpus_per_task=CPUS,
     params:
-        run=RUN,
-        tokens=lambda wildcards, input: Path(input[0]).parent,
-        kind=lambda wildcards: wildcards.model.replace("_", "-"),
-        config_file=lambda wildcards: settings_file(wildcards.model),
-        settings=lambda wildcards: settings(wildcards.model),
-        overrides=lambda wildcards: [f"--set={pair}" for pair in config[wildcards.model]["set"]],
+        name=lambda wildcards: wildcards.model.replace("_", "-"),
+        file=lambda wildcards: PLAN["models"][wildcards.model]["file"],
+        settings=lambda wildcards: PLAN["models"][wildcards.model]["settings"],
+        overrides=lambda wildcards: expand("--set={pair}", pair=config[wildcards.model]["set"]),
     shell:
-        f"{HEAR_THE_END}picogpt train {{params.kind:q}}"
-        " --data {params.tokens:q}"
-        " --run {params.run:q}"
-        " --config {params.config_file:q}"
+        f"{WAIT_FOR_TRAINER}picogpt train {{params.name:q}}"
+        " {params.file:q}"
         " {params.overrides:q}"
+        f" --data {TOKENS}"
+        f" --run {RUN}"
         " --replace"
         " 2>&1 | tee -i {log:q}"
 
 
 rule train_gpt2:
     """
-    GPT-2, all 124 million weights of it, from scratch on the same text: far too little text for so large a model,
-    which learns it by heart at the second reading. Checkpoints as above. On several GPUs each one takes its part
-    of every batch.
+    GPT-2 with its 124 million parameters, from scratch on the same text: far too little text for so large a model,
+    which begins to memorize it in the second epoch. On several GPUs each rank computes its share of every batch.
     """
     input:
         rules.tokenize_gpt2.output,
@@ -56,29 +46,54 @@ rule train_gpt2:
         multiext(f"{GPT2}/", "best.pt", "metrics.jsonl", "record.json"),
     log:
         "logs/train_gpt2.log",
-    benchmark:
-        "logs/train_gpt2.tsv"
-    conda:
-        "../envs/picogpt.yaml"
     resources:
+        **PLAN["models"]["gpt2"]["resources"],
         machine=100,
         runtime=240,
-        mem_mb=8000 * RANKS,
-        nodes=1,
-        gpu=RANKS if SIZE == "gpu" else 0,
-        gpu_model=gpu_model() if SIZE == "gpu" else None,
-        cpus_per_task=CPUS * RANKS,
+        mem_mb=8000 * PLAN["models"]["gpt2"]["ranks"],
     params:
-        folder=lambda wildcards, output: Path(output[0]).parent,
-        tokens=lambda wildcards, input: Path(input[0]).parent,
-        config_file=settings_file("gpt2"),
-        settings=settings("gpt2"),
-        overrides=[f"--set={pair}" for pair in config["gpt2"]["set"]],
+        launch=PLAN["models"]["gpt2"]["launch"],
+        file=PLAN["models"]["gpt2"]["file"],
+        settings=lambda wildcards: PLAN["models"]["gpt2"]["settings"],
+        overrides=lambda wildcards: expand("--set={pair}", pair=config["gpt2"]["set"]),
     shell:
-        f"{HEAR_THE_END}{launch(RANKS)} train gpt2"
-        " --data {params.tokens:q}"
-        " --folder {params.folder:q}"
-        " --config {params.config_file:q}"
+        f"{WAIT_FOR_TRAINER}{{params.launch}} train gpt2"
+        " {params.file:q}"
         " {params.overrides:q}"
+        f" --data {GPT2_TOKENS}"
+        f" --folder {GPT2}"
+        " --replace"
+        " 2>&1 | tee -i {log:q}"
+
+
+rule train_fineweb:
+    """
+    The distributed run of the write-up: GPT-2 on all devices of a machine, each rank with its share of every batch.
+    On any other machine it is refused. A run that was killed continues, on the same number of ranks.
+    """
+    input:
+        rules.fineweb_manifest.output,
+    output:
+        multiext(f"weights/gpt2/{RUN}/fineweb-edu_{{hardware}}/", "best.pt", "metrics.jsonl", "record.json"),
+    log:
+        "logs/train_fineweb_{hardware}.log",
+    resources:
+        **MACHINE_RESOURCES,
+        machine=100,
+        runtime=240,
+        mem_mb=lambda wildcards: 16000 * machine(wildcards, "ranks"),
+    params:
+        launch=lambda wildcards: machine(wildcards, "training")["launch"],
+        machine=lambda wildcards: machine(wildcards, "argument"),
+        file=lambda wildcards: machine(wildcards, "training")["file"],
+        settings=lambda wildcards: machine(wildcards, "training")["settings"],
+        overrides=lambda wildcards: expand("--set={pair}", pair=config["fineweb"]["set"]),
+    shell:
+        f"{WAIT_FOR_TRAINER}{{params.launch}} train gpt2"
+        " {params.file:q}"
+        " {params.overrides:q}"
+        f" --data {FINEWEB}"
+        f" --folder weights/gpt2/{RUN}/fineweb-edu_{{wildcards.hardware}}"
+        " --hardware {params.machine:q}"
         " --replace"
         " 2>&1 | tee -i {log:q}"

@@ -1,0 +1,286 @@
+"""What a workflow must know before it can list its jobs: the text, settings of models, resources of machines.
+
+Everything here is read from files and from this machine; nothing asks the network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from picogpt import hardware, hub, machines
+from picogpt.config import Settings, model_file, parse, read_yaml
+from picogpt.errors import UsageError
+
+RESOURCES = Path("resources")
+CPUS_PER_RANK = 8
+"""CPU cores that a cluster gives to a rank, beside its device."""
+GPT2_TOKENS = Path("weights/gpt2_tokenizer")
+
+
+class Part(Settings):
+    """A part of `config/config.yaml`. Its keys that decide nothing here are left to the workflow."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ModelPart(Part):
+    config: str = "auto"
+    set: list[str] = Field([])
+
+
+class LadderPart(Part):
+    hardware: Literal["auto"] | list[str] = "auto"
+
+
+class Configuration(Part):
+    """What decides the plan in `config/config.yaml`; `config/config.schema.yaml` documents each key."""
+
+    corpus: list[str] | str
+    run: str = "pipeline"
+    size: Literal["auto", "cpu", "gpu"] = "auto"
+    gpus: Literal["auto"] | int = "auto"
+    gpu_model: str | dict[str, str] = ""
+    char_bigram: ModelPart = ModelPart()
+    char_transformer: ModelPart = ModelPart()
+    gpt2: ModelPart = ModelPart()
+    ladder: LadderPart = LadderPart()
+
+
+class Resources(Settings):
+    """What a job asks a cluster for; None where it asks for nothing."""
+
+    nodes: int
+    gpu: int
+    gpu_model: str | None
+    tasks: int | None
+    tasks_per_gpu: int = 0  # otherwise the plugin for SLURM would start a task for each GPU
+    mpi: str | None
+    cpus_per_task: int
+
+
+class TrainingPlan(Settings):
+    """How a model is trained."""
+
+    launch: str = Field(description="the start of the shell command, with one process for each rank")
+    file: list[str] = Field(description="options of picogpt train that name the settings file")
+    settings: str = Field(description="what decides the weights, as JSON: the settings file without its `runtime`")
+    ranks: int = Field(description="processes on one node")
+    resources: Resources
+
+
+class RungPlan(Settings):
+    """One rung of a training ladder."""
+
+    before: list[str] = Field(description="the rung before it, if there is one")
+    settings: str = Field(description="what decides its record, as JSON: the machine's file, and the rungs up to it")
+
+
+class MachinePlan(Settings):
+    """A machine of `config/hardware/`, or a file of the user's own."""
+
+    argument: str = Field(description="what the command line calls it")
+    settings: str = Field(description="its file, as JSON")
+    ladder: dict[str, RungPlan]
+    launch: str = Field(description="the start of a shell command that runs on all its ranks")
+    ranks: int = Field(description="processes on one node")
+    resources: Resources
+    training: TrainingPlan | None = Field(description="the long training on FineWeb-Edu that its file names")
+
+
+class Plan(Settings):
+    """The answer of `picogpt plan`."""
+
+    text: str = Field(description="path of the text that everything is trained on")
+    corpus: str = Field(description="name of that text in file names")
+    detected: list[str] = Field(description="keys whose `auto` was answered by looking at this machine")
+    fast_dtype: str = Field(description="dtype of the benchmark of many streams")
+    resources: Resources = Field(description="of a job on one device")
+    models: dict[str, TrainingPlan]
+    ladder_model: str = Field(description="settings of the model whose training step is measured, as JSON")
+    machines: dict[str, MachinePlan]
+    measured_rungs: list[str] = Field(
+        description="rungs of training ladders that are measured here: ladder/MACHINE/RUNG"
+    )
+    long_trainings: list[str] = Field(description="machines that are measured here and have a long training")
+    from_hub: list[str] = Field(description="files that a fetch rule asks the hub for")
+    hub_attempt: int = Field(description="how often the hub has been asked; one more where it should be asked again")
+
+
+def make(tree: dict[str, Any], source: str) -> Plan:
+    """The plan for a configuration; `source` names it in errors.
+
+    Raises UsageError where the configuration asks for something that is not there or that cannot work.
+    """
+    asked = parse(Configuration, tree, source)
+    text, corpus = _text(asked.corpus)
+    size = hardware.size_of_machine() if asked.size == "auto" else asked.size
+    gpus = (len(hardware.nvidia_gpus()) if asked.gpus == "auto" else asked.gpus) if size == "gpu" else 0
+    gpu_model = _gpu_model(asked.gpu_model, "default")
+    models = {}
+    for name, part in {
+        "char_bigram": asked.char_bigram,
+        "char_transformer": asked.char_transformer,
+        "gpt2": asked.gpt2,
+    }.items():
+        file = model_file(name, size) if part.config == "auto" else model_file(part.config)
+        ranks = _ranks(gpus, asked, read_yaml(file)) if name == "gpt2" else 1
+        models[name] = TrainingPlan(
+            launch=launch(ranks),
+            file=[f"--size={size}" if part.config == "auto" else f"--config={part.config}"],
+            settings=_deciding(file),
+            ranks=ranks,
+            resources=_resources(1, ranks, size == "gpu", gpu_model),
+        )
+    arguments = machines.fitting() if asked.ladder.hardware == "auto" else asked.ladder.hardware
+    measured = {machines.name_of(argument): argument for argument in arguments}
+    known = {
+        name: _machine(name, measured.get(name, name), asked.gpu_model)
+        for name in sorted({*machines.names(), *measured})
+    }
+    from_hub = ["pretrained"]
+    joined = GPT2_TOKENS / asked.run / "fineweb-edu/manifest.json"
+    long_trainings = [name for name in measured if known[name].training]
+    if long_trainings and not joined.exists():
+        from_hub.append("fineweb-edu/0")
+    here = {"size": asked.size, "gpus": asked.gpus, "ladder: hardware": asked.ladder.hardware}
+    return Plan(
+        text=text,
+        corpus=corpus,
+        detected=[key for key, value in here.items() if value == "auto"],
+        fast_dtype=_fast_dtype(size),
+        resources=_resources(1, 1, size == "gpu", gpu_model),
+        models=models,
+        ladder_model=json.dumps(read_yaml(model_file("gpt2"))["model"], sort_keys=True),
+        machines=known,
+        measured_rungs=[f"ladder/{name}/{rung}" for name in measured for rung in known[name].ladder],
+        long_trainings=long_trainings,
+        from_hub=from_hub,
+        hub_attempt=_hub_attempt(from_hub),
+    )
+
+
+def launch(ranks: int, nodes: int = 1) -> str:
+    """The start of a shell command that trains: one process a device, on one node or on those of a SLURM job.
+
+    Jobs that share a node get ports of their own from their job numbers, below the range that Linux assigns by itself.
+    """
+    # torchrun replaces a lost rank once, from the last checkpoint, and gives ranks that must stop time to save.
+    torchrun = f"torchrun --nproc_per_node={ranks} --max-restarts=1 --shutdown-timeout=100"
+    if nodes == 1:
+        return f"{torchrun} --standalone -m picogpt" if ranks > 1 else "picogpt"
+    return (
+        "srun --jobid=${SLURM_JOB_ID:?several nodes need snakemake --workflow-profile slurm}"
+        f" --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1"
+        # A store for each attempt: after a restart the nodes need not agree on the number of attempts.
+        " env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        f" {torchrun} --nnodes={nodes} --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID"
+        " --rdzv-endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 20000)) -m picogpt"
+    )
+
+
+def _text(corpus: list[str] | str) -> tuple[str, str]:
+    """(path, name) of the text: the user's own file, or the copy of a registered corpus that a fetch rule makes."""
+    if isinstance(corpus, list) or not (Path(corpus).suffix or len(Path(corpus).parts) > 1):
+        return str(RESOURCES / "corpus.txt"), corpus[0] if isinstance(corpus, list) else corpus
+    if not Path(corpus).is_file():
+        # Otherwise the tokens of another text, where an earlier run has left some, would be used without a word.
+        raise UsageError(f"there is no text {corpus}: `corpus` is the path of a UTF-8 file, or a registered name")
+    return corpus, re.sub(r"[^A-Za-z0-9._-]+", "_", Path(corpus).stem)
+
+
+def _deciding(file: Path) -> str:
+    """The settings of a file that decide the weights, as JSON."""
+    return json.dumps({key: value for key, value in read_yaml(file).items() if key != "runtime"}, sort_keys=True)
+
+
+def _ranks(gpus: int, asked: Configuration, settings: dict[str, Any]) -> int:
+    """As many GPUs as divide the batch of GPT-2's training; where a number was asked for, that number."""
+    batch = (settings.get("train") or {}).get("batch_size", 16)
+    for pair in asked.gpt2.set:
+        key, _, value = pair.partition("=")
+        if key == "train.batch_size" and value.isdigit():
+            batch = int(value)
+    fitting = [ranks for ranks in range(1, gpus + 1) if batch % ranks == 0]
+    if asked.gpus != "auto" and gpus and gpus not in fitting:
+        raise UsageError(
+            f"gpus: {gpus} does not divide the batch of gpt2, {batch} sequences a step:"
+            f" {', '.join(map(str, fitting))} would, or another train.batch_size"
+        )
+    return max(fitting, default=1)
+
+
+def _fast_dtype(size: str) -> str:
+    if size != hardware.size_of_machine():  # the job runs on another machine
+        return {"gpu": "bfloat16", "cpu": "float32"}[size]
+    # A CPU is described without torch, which takes seconds to load.
+    return hardware.select("cpu" if machines.here()[0] == "cpu" else "auto").dtype
+
+
+def _gpu_model(names: str | dict[str, str], machine: str) -> str | None:
+    """What the cluster calls the GPUs of a machine; None where any GPU serves."""
+    return (names.get(machine) if isinstance(names, dict) else names) or None
+
+
+def _resources(nodes: int, ranks: int, on_gpu: bool, gpu_model: str | None) -> Resources:
+    """One task a node starts the ranks there; on several nodes it is started by srun."""
+    return Resources(
+        nodes=nodes,
+        gpu=nodes * ranks if on_gpu else 0,
+        gpu_model=gpu_model if on_gpu else None,
+        tasks=nodes if nodes > 1 else None,
+        mpi="srun" if nodes > 1 else None,
+        cpus_per_task=CPUS_PER_RANK * ranks,
+    )
+
+
+def _machine(name: str, argument: str, gpu_models: str | dict[str, str]) -> MachinePlan:
+    machine = machines.load(argument)
+    tree = machine.model_dump(mode="json")
+    rungs = list(machine.rungs)
+    deciding = {key: value for key, value in tree.items() if key not in ("title", "training")}
+    start = launch(machine.ranks, machine.nodes)
+    resources = _resources(machine.nodes, machine.ranks, machine.kind == "cuda", _gpu_model(gpu_models, name))
+    batch = {key: tree[key] for key in ("device", "batch_size", "block_size")}
+    return MachinePlan(
+        argument=argument,
+        settings=json.dumps(tree, sort_keys=True),
+        ladder={
+            rung: RungPlan(
+                before=rungs[max(0, index - 1) : index],
+                settings=json.dumps({**deciding, "rungs": rungs[: index + 1]}, sort_keys=True),
+            )
+            for index, rung in enumerate(rungs)
+        },
+        launch=start,
+        ranks=machine.ranks,
+        resources=resources,
+        training=TrainingPlan(
+            launch=start,
+            file=[f"--config={machine.training}"],
+            settings=f"{_deciding(model_file(machine.training))} {json.dumps(batch)}",
+            ranks=machine.ranks,
+            resources=resources,
+        )
+        if machine.training
+        else None,
+    )
+
+
+def _hub_attempt(names: list[str]) -> int:
+    """Read from what the last attempt left: settled while its files are here, or the same hub refuses them."""
+    status = hub.read_status(RESOURCES / "hub.json")
+    if status is None:
+        return 1
+    answers = [status.files.get(name, hub.Answer(state="unreachable")) for name in names]
+    settled = all(
+        Path(str(answer.path)).exists()
+        if answer.state == "here"
+        else answer.state == "refused" and status.endpoint == hub.endpoint()
+        for answer in answers
+    )
+    return status.attempt + (not settled)

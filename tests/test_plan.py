@@ -1,0 +1,161 @@
+"""What `picogpt plan` tells a workflow before it lists its jobs."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from picogpt import hardware, hub, plan
+from picogpt.errors import UsageError
+
+SHIPPED = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(hardware, "nvidia_gpus", lambda: names)
+    monkeypatch.setattr(hardware, "size_of_machine", lambda: "gpu" if names else "cpu")
+
+
+def make(**change: object) -> plan.Plan:
+    return plan.make({**SHIPPED, **change}, "config.yaml")
+
+
+def test_on_a_cpu(monkeypatch):
+    gpus(monkeypatch)
+    made = make()
+    assert (made.text, made.corpus) == ("resources/corpus.txt", "tinyshakespeare")
+    assert made.detected == ["size", "gpus", "ladder: hardware"]
+    assert {name: (model.launch, model.file) for name, model in made.models.items()} == dict.fromkeys(
+        ("char_bigram", "char_transformer", "gpt2"), ("picogpt", ["--size=cpu"])
+    )
+    assert json.loads(made.models["gpt2"].settings).keys() == {"model", "train"}  # how it runs decides no result
+    assert (made.resources.gpu, made.resources.gpu_model, made.resources.cpus_per_task) == (0, None, 8)
+    assert [name.split("/")[1] for name in made.measured_rungs] == ["cpu"] * len(made.machines["cpu"].ladder)
+    assert (made.long_trainings, made.from_hub, made.hub_attempt) == ([], ["pretrained"], 1)
+
+
+def test_on_a_cluster_every_machine_asks_for_its_own(monkeypatch):
+    gpus(monkeypatch)  # the machine that submits
+    models = {"h100x16": "hopper", "default": "any"}
+    made = make(size="gpu", gpus=4, gpu_model=models, ladder={"hardware": ["h100x2", "h100x16", "cpu"]})
+    assert made.detected == []
+    assert made.fast_dtype == "bfloat16"
+    gpt2 = made.models["gpt2"]
+    assert (gpt2.ranks, gpt2.resources.gpu, gpt2.resources.gpu_model, gpt2.resources.cpus_per_task) == (4, 4, "any", 32)
+    assert gpt2.launch.startswith("torchrun --nproc_per_node=4 ")
+    assert gpt2.launch.endswith(" --standalone -m picogpt")
+    two, sixteen, cpu = (made.machines[name] for name in ("h100x2", "h100x16", "cpu"))
+    assert two.resources.model_dump() == {
+        "nodes": 1, "gpu": 2, "gpu_model": None, "tasks": None, "tasks_per_gpu": 0, "mpi": None, "cpus_per_task": 16,
+    }  # fmt: skip
+    assert sixteen.resources.model_dump() == {
+        "nodes": 2, "gpu": 16, "gpu_model": "hopper", "tasks": 2, "tasks_per_gpu": 0, "mpi": "srun", "cpus_per_task": 64,
+    }  # fmt: skip
+    assert sixteen.launch.startswith("srun ")
+    assert "torchrun --nproc_per_node=8 " in sixteen.launch
+    assert (cpu.resources.gpu, cpu.training, two.training.file) == (0, None, ["--config=gpt2_fineweb"])
+    assert made.long_trainings == ["h100x2", "h100x16"]
+    assert made.from_hub == ["pretrained", "fineweb-edu/0"]
+    manifest = Path("weights/gpt2_tokenizer/pipeline/fineweb-edu/manifest.json")
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    assert make(ladder={"hardware": ["h100x2"]}).from_hub == ["pretrained"]  # its text is here
+
+
+def test_rungs_come_one_after_another_and_depend_on_those_before_them():
+    ladder = make().machines["a30"].ladder
+    assert list(ladder)[:3] == ["baseline", "tf32", "bf16"]
+    assert (ladder["baseline"].before, ladder["bf16"].before) == ([], ["tf32"])
+    assert json.loads(ladder["tf32"].settings)["rungs"] == ["baseline", "tf32"]
+    assert "title" not in json.loads(ladder["tf32"].settings)
+
+
+@pytest.mark.parametrize(("here", "ranks"), [(1, 1), (2, 2), (3, 2), (6, 4)])
+def test_as_many_gpus_train_as_divide_the_batch(monkeypatch, here: int, ranks: int):
+    gpus(monkeypatch, *["NVIDIA L40S"] * here)
+    monkeypatch.setattr(plan, "_fast_dtype", lambda size: "bfloat16")
+    assert make().models["gpt2"].ranks == ranks
+    assert make(gpt2={"set": ["train.batch_size=1"]}).models["gpt2"].ranks == 1
+
+
+def test_a_number_of_gpus_that_does_not_divide_the_batch_is_refused(monkeypatch):
+    gpus(monkeypatch)
+    with pytest.raises(UsageError, match="gpus: 3 does not divide the batch of gpt2, 16 sequences a step: 1, 2 would"):
+        make(size="gpu", gpus=3)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "text", "name"),
+    [
+        ("tinyshakespeare", "resources/corpus.txt", "tinyshakespeare"),
+        (["gutenberg-shakespeare", "tinyshakespeare"], "resources/corpus.txt", "gutenberg-shakespeare"),
+        ("my text.txt", "my text.txt", "my_text"),
+    ],
+)
+def test_the_text_is_a_registered_one_or_the_users_own(tmp_path: Path, corpus, text: str, name: str):
+    (tmp_path / "my text.txt").write_text("words")
+    made = make(corpus=corpus)
+    assert (made.text, made.corpus) == (text, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"corpus": "nothere.txt"}, "there is no text nothere.txt"),
+        ({"ladder": {"hardware": ["h10"]}}, "no hardware 'h10'"),
+        ({"gpt2": {"config": "mine.yaml"}}, "cannot read mine.yaml"),
+        ({"char_bigram": {"config": "mine"}}, "no settings called mine"),
+        ({"size": "huge"}, "size=\"huge\": input should be 'auto', 'cpu' or 'gpu'"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_message(picogpt, monkeypatch, change: dict, message: str):
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({**SHIPPED, **change})))
+    run = picogpt("plan", "-")
+    assert (run.status, run.out, message in run.err) == (1 if "cannot read" in message else 2, "", True), run.err
+
+
+def test_by_hand_it_reads_a_file(picogpt):
+    Path("mine.yaml").write_text(yaml.safe_dump(SHIPPED))
+    made = json.loads(picogpt("plan", "mine.yaml").out)
+    assert made.keys() == plan.Plan.model_fields.keys()
+
+
+def status(attempt: int, endpoint: str, **files: hub.Answer) -> None:
+    hub.write_status(Path("resources/hub.json"), hub.HubStatus(attempt=attempt, endpoint=endpoint, files=files))
+
+
+def test_the_hub_is_asked_again_until_its_answer_is_settled(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub")
+    weights = tmp_path / "weights"
+    here = hub.Answer(state="here", path=str(weights))
+    status(3, "http://hub", pretrained=hub.Answer(state="unreachable", reason="nobody answered"))
+    assert make().hub_attempt == 4
+    status(4, "http://hub", pretrained=here)
+    assert make().hub_attempt == 5  # the cache was emptied
+    weights.touch()
+    assert make().hub_attempt == 4
+    status(5, "http://hub", pretrained=hub.Answer(state="refused", reason="no login"))
+    assert make().hub_attempt == 5
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
+    assert make().hub_attempt == 6
+    # A machine with a long training asks for more than was asked for.
+    status(6, "http://mirror", pretrained=here)
+    assert make().hub_attempt == 6
+    assert make(ladder={"hardware": ["h100x2"]}).hub_attempt == 7
+
+
+def test_a_status_that_is_none_is_named(picogpt):
+    Path("resources").mkdir()
+    Path("resources/hub.json").write_text('{"attempt": "many"}')
+    Path("mine.yaml").write_text(yaml.safe_dump(SHIPPED))
+    run = picogpt("plan", "mine.yaml")
+    assert (run.status, "resources/hub.json does not say what the hub gave: delete it" in run.err) == (1, True)
