@@ -136,7 +136,6 @@ rule page:
     log:
         "logs/page.log",
     params:
-        corpus=CORPUS,
         first_dtype=config["gpt2"]["dtypes"][0],
         records=lambda wildcards, input: expand("--record={path}", path=[*input.records, *input.trainings]),
         references=expand("--reference={path}", path=REFERENCES),
@@ -151,7 +150,7 @@ rule page:
         " {params.references:q}"
         " {params.machines:q}"
         " {params.samples:q}"
-        " --set gpt2_media=gpt2_{params.corpus}"
+        f" --set gpt2_media=gpt2_{CORPUS}"
         " --set first_dtype={params.first_dtype}"
         " --out {output:q}"
         " > {log:q} 2>&1"

@@ -12,7 +12,7 @@ def check_start():
         pipeline_lock.acquire(timeout=0)
     except Timeout:
         raise WorkflowError("another pipeline is running in this folder: wait for it to end")
-    if "machine" not in workflow.global_resources:
+    if workflow.local_exec and "machine" not in workflow.global_resources:
         raise WorkflowError(
             "no profile limits the resource `machine`, so jobs that measure time would run side by side: leave out"
             " --workflow-profile none, or pass --resources machine=100 --default-resources machine=1"
@@ -25,10 +25,11 @@ def check_start():
         )
 
 
-def advise(log):
-    """Say what to change where SLURM refused a job, by the lines of Snakemake's own log."""
+def advise(logs):
+    """Say what to change where SLURM refused a job; `logs` are files of Snakemake's own log."""
+    text = "\n".join(Path(log).read_text() for log in ([logs] if isinstance(logs, str) else logs))
     signs = ("sbatch: error", "sbatch failed", "appears to be invalid", "The 'sacctmgr' reported")
-    refused = [line for line in Path(log).read_text().splitlines() if any(sign in line for sign in signs)]
+    refused = [line for line in text.splitlines() if any(sign in line for sign in signs)]
     for words, advice in yaml.safe_load((SOURCE / "profiles/slurm/advice.yaml").read_text()).items():
         if any(words in line for line in refused):
             print(f"picogpt: {advice} (docs/slurm.md)", file=sys.stderr)
