@@ -35,7 +35,9 @@ class CharBigramConfig(Settings):
     """A table of logits: row, the current character; column, the next one."""
 
     kind: Literal["char-bigram"]
-    block_size: int = Field(256, ge=1, description="length of a training window, in characters (the model sees one)")
+    block_size: int = Field(
+        256, ge=1, description="length of a training sequence, in characters (the model itself uses only the last one)"
+    )
 
 
 class CharTransformerConfig(Settings):
@@ -81,42 +83,51 @@ ModelConfig = Annotated[CharBigramConfig | CharTransformerConfig | GPT2Config, F
 class TrainConfig(Settings):
     """Everything that changes what is learned."""
 
-    seed: int = Field(1337, ge=0, lt=2**31, description="of the initial weights, the data order and dropout")
+    seed: int = Field(1337, ge=0, lt=2**31, description="seed of the initial weights, the data order and dropout")
     init: Literal["scratch", "pretrained"] = Field(
         "scratch", description="initial weights: drawn from the seed, or OpenAI's of the same shape (gpt2 only)"
     )
     epochs: float | None = Field(None, gt=0, description="passes over the training text (this or steps)")
     steps: int | None = Field(None, ge=1, description="optimizer steps (this or epochs)")
-    batch_size: int = Field(16, ge=1, description="sequences of an optimizer step, over all ranks")
+    batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="sequences of one forward pass on one rank; default: what suits the device; gradients accumulate",
+        description="sequences of one forward pass on one rank, with gradient accumulation; default: by device",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the matrix products, also in evaluation; auto: bfloat16 where the device is fast at it"
+        "auto",
+        description="dtype of the matrix products, also in evaluation; auto: bfloat16 where the device is fast with it",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: orthogonalized momentum for the matrices of the blocks, AdamW for the rest"
     )
     learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
-    embedding_learning_rate: float | None = Field(None, gt=0, description="of the embeddings; default: learning_rate")
+    embedding_learning_rate: float | None = Field(
+        None, gt=0, description="learning rate of the embeddings; default: learning_rate"
+    )
     matrix_learning_rate: float = Field(0.02, gt=0, description="peak learning rate of Muon")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
     weight_decay: float = Field(
-        0.0, ge=0, description="decoupled; on matrices only, never on gains, biases, embeddings"
+        0.0, ge=0, description="decoupled weight decay of matrices; never of gains, biases or embeddings"
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up and plateau")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="learning-rate schedule after warm-up and plateau"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    decay_fraction: float = Field(1.0, gt=0, le=1, description="share of the steps, at the end, that decay")
-    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="of the peak, at the last step")
-    grad_clip: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0: no clipping")
+    decay_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the steps, at the end, in which the learning rate decays"
+    )
+    final_learning_rate_fraction: float = Field(
+        0.0, ge=0, le=1, description="learning rate of the last step, as a fraction of the peak"
+    )
+    grad_clip: float = Field(0.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
     eval_interval: int = Field(100, ge=1, description="steps between evaluations on the whole validation text")
     eval_train: Literal["none", "part", "whole"] = Field(
         "none",
-        description="also evaluate the training text, before and after; part: as much as the validation text has",
+        description="also evaluate on the training text, before and after training; part: as many tokens as in the validation text",
     )
 
     @model_validator(mode="after")
@@ -129,9 +140,12 @@ class TrainConfig(Settings):
 class RuntimeConfig(Settings):
     """How to run: where, how fast, how chatty. A run can be resumed under other values."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="device: auto, cpu, cuda, cuda:N or mps"
+    )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile; auto: on, or eager with one warning where no compiler works"
+        "auto",
+        description="use torch.compile; auto: yes, falling back to eager with one warning where no compiler works",
     )
 
     @field_validator("compile", mode="before")
@@ -140,9 +154,9 @@ class RuntimeConfig(Settings):
         # YAML reads a bare on or off as a boolean.
         return ("off", "on")[value] if isinstance(value, bool) else value
 
-    threads: int = Field(0, ge=0, description="CPU threads; 0: one a core")
-    log_interval: int = Field(10, ge=1, description="steps between two lines of the metrics file")
-    checkpoint_interval: int = Field(100, ge=1, description="steps between two saves of last.pt")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
+    log_interval: int = Field(10, ge=1, description="steps between lines of the metrics file")
+    checkpoint_interval: int = Field(100, ge=1, description="steps between checkpoints (last.pt)")
 
 
 class Experiment(Settings):
@@ -173,24 +187,24 @@ Rung = Literal[RUNGS]  # type: ignore[valid-type]
 class MachineConfig(Settings):
     """A machine of the write-up, `config/hardware/NAME.yaml`: how to tell it, and what it trains on it."""
 
-    title: str = Field(description="as figures call it")
-    device: str = Field(description="regular expression that the whole name of its device fits")
-    kind: Literal["cpu", "cuda"] = Field(description="what torch calls such a device")
-    nodes: int = Field(1, ge=1, description="machines")
-    ranks: int = Field(1, ge=1, description="devices of a machine; on a GPU one rank each")
-    batch_size: int = Field(ge=1, description="sequences of an optimizer step, over all ranks")
+    title: str = Field(description="name in figures")
+    device: str = Field(description="regular expression that matches the full name of its device")
+    kind: Literal["cpu", "cuda"] = Field(description="device type of torch")
+    nodes: int = Field(1, ge=1, description="number of nodes")
+    ranks: int = Field(1, ge=1, description="ranks per node, each with a GPU of its own")
+    batch_size: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int = Field(ge=1, description="sequences of one forward pass on one rank")
-    block_size: int = Field(1024, ge=2, description="tokens of a sequence")
-    warmup_steps: int = Field(ge=1, description="steps before the clock counts; compilation happens in the first")
-    steps: int = Field(ge=3, description="steps that are timed, each by itself")
+    block_size: int = Field(1024, ge=2, description="tokens per sequence")
+    warmup_steps: int = Field(ge=1, description="untimed steps at the start; compilation happens in the first")
+    steps: int = Field(ge=3, description="timed steps, each timed separately")
     rungs: Annotated[list[Rung], Field(min_length=1)] = Field(
-        description="the ladder, each rung with all that stand before it; what the device lacks is left out"
+        description="optimizations of the training ladder, each including those before it; omit what the device lacks"
     )
 
     training: str | None = Field(
         None,
         pattern=r"^[a-z0-9_]+$",
-        description="file of config/models/: the long training on FineWeb-Edu shown on it",
+        description="settings in config/models/ of the long training on FineWeb-Edu",
     )
 
     @model_validator(mode="after")

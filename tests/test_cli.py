@@ -173,7 +173,7 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == status
     assert f"stopped by {number.name} at step" in errors
-    assert "everything is saved in weights/char_bigram/a/checkpoints: the same command goes on from there" in errors
+    assert "everything is saved in weights/char_bigram/a/checkpoints: the same command continues from there" in errors
     assert "Traceback" not in errors
 
 
@@ -189,7 +189,7 @@ def test_a_stopped_run_without_a_name_says_which_name_goes_on(
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 143
     (folder,) = (tmp_path / "weights/gpt2").iterdir()
-    assert f"the same command with --run {folder.name} goes on from there" in errors
+    assert f"the same command with --run {folder.name} continues from there" in errors
     again = picogpt(*command[3:6], "4", "--run", folder.name, *small)  # other settings, not a new run
     assert (again.status, "holds a run of other settings" in again.err) == (1, True)
 

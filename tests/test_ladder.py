@@ -270,7 +270,7 @@ def test_the_figure_says_what_is_measured_and_what_is_published(monkeypatch, cli
     assert not any("bars: measured" in text or "tok/s" in text for text in written)
     written.clear()
     draw_throughput("h100", [], [], tmp_path / "h100.png")
-    assert "Not measured in this run.\nNobody publishes these numbers." in written
+    assert "Not measured in this run.\nNo numbers are published for this machine." in written
     for name in ("box", "a30", "h100"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 

@@ -204,7 +204,7 @@ def test_the_commands(hub: Hub, picogpt, monkeypatch, gpt2_resources: Path, tmp_
     shutil.rmtree(tmp_path / "cache")
     hub.status = 404
     again = picogpt(*tune, "--set=train.learning_rate=0.01")
-    assert (again.status, "was finished already" in again.err) == (0, True), again.err
+    assert (again.status, "is finished already" in again.err) == (0, True), again.err
     shutil.rmtree(tmp_path / "weights/gpt2/tuned")
     gone = picogpt(*tune, "--set=train.learning_rate=0.01")
     assert (gone.status, "answers 404" in gone.err) == (1, True), gone.err

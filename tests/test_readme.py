@@ -33,7 +33,7 @@ from picogpt.data import fineweb
 
 BIN = Path(sys.executable).parent
 PROGRAMS = ("make", "picogpt", "pip", "pixi", "python", "snakemake", "torchrun")
-NO_COMMANDS = ("csv", "json", "text", "yaml")
+NO_COMMANDS = ("csv", "json", "python", "text", "yaml")
 """Languages of fenced blocks that hold something else."""
 TIMEOUT_S = 600
 

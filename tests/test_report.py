@@ -209,6 +209,6 @@ def test_a_published_loss_of_another_kind_is_no_validation_loss():
     assert [line[:2] for line in figures._references(run)] == [(6.5, "published, measured differently: 6.5000")]
     run = {"kind": "train char-transformer", "results": {}, "corpus": {**fineweb, "name": "words"}}
     assert [line[1] for line in figures._references(run)] == [
-        "published, last validation (tinyshakespeare): 3.3808",
+        "published, final validation (tinyshakespeare): 3.3808",
         "published, best validation (tinyshakespeare): 2.2701",
     ]

@@ -1,6 +1,19 @@
 """The pipeline on a SLURM cluster: real daemons on this machine, the shipped profile, files that are called GPUs.
 
-Trainings that are to be met in the middle wait there (tests/slow), so that nothing depends on how fast the machine is.
+Trainings that a test interrupts wait at a known step (tests/slow), so that nothing depends on the speed of the machine.
+Covered:
+
+- the whole pipeline, with ladders on one device, on two ranks of a node and on two nodes, and the long training on two nodes;
+- a training on two nodes that meets its time limit and is submitted again; one that hears no signal and is killed at its
+  limit; one that is cancelled and continued by the next run; one that is preempted on one of its nodes; one of whose nodes
+  goes down; one on a node that is drained: each with the weights and the curve of a run that was not interrupted, bit for bit,
+  and with those of the same training by hand on one node;
+- two trainings on the same two nodes at once, each with a port of its own; four ranks on two nodes, each with the GPUs of its node;
+- two shards of FineWeb-Edu tokenized side by side while the hub is gone; no job uses the network;
+- two jobs on one node, each with a GPU and a core of its own; output files that appear late, with and without enough patience;
+- the errors for an unknown partition, a missing or unknown account, more GPUs than a node has, and the wrong device.
+
+That a killed rank is replaced is tested in test_distributed.py, without SLURM.
 """
 
 import os

@@ -18,31 +18,31 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "sho
 def cli() -> None:
     """GPT from scratch as a reproducible experiment.
 
-    By hand, the first model takes four commands:
+    Four commands train a first model and sample from it:
 
     \b
-      picogpt fetch tinyshakespeare                       the text, verified
-      picogpt tokenize char                               characters to numbers, 90/10 split
-      picogpt train char-transformer                      stops and goes on at any step
+      picogpt fetch tinyshakespeare                       download the text and verify it
+      picogpt tokenize char                               characters to integers, 90/10 split
+      picogpt train char-transformer                      can be stopped and resumed at any step
       picogpt sample char-transformer -n 500              from the newest run
 
-    and GPT-2, with OpenAI's tokens, the same:
+    GPT-2, with its own tokenizer:
 
     \b
       picogpt tokenize gpt2
-      picogpt train gpt2                                  124M weights from scratch; --init pretrained: from OpenAI's
+      picogpt train gpt2                                  124M parameters from scratch, or --init pretrained
       torchrun --standalone --nproc_per_node=2 -m picogpt train gpt2
       picogpt sample gpt2 --prompt "ROMEO:"
       picogpt sample gpt2-pretrained --prompt "The meaning of life is"
 
-    What was trained, what is here, and what each optimization buys on it:
+    What has been trained, what this machine is, and how much each training optimization gains on it:
 
     \b
       picogpt runs
       picogpt hardware
       picogpt bench train --hardware cpu --rung flash
 
-    `make report` runs all of it, and writes every figure and table.
+    `make report` runs everything and writes every figure and table.
     """
 
 
@@ -85,12 +85,12 @@ def main() -> None:
         if first_to_fail():
             print(
                 f"picogpt: out of memory ({str(error).strip().partition(chr(10))[0][:160]}):"
-                " fewer sequences at once (train.micro_batch_size, --num-samples, --batch-size) or a smaller model need less",
+                " process fewer sequences at once (train.micro_batch_size, --num-samples, --batch-size) or use a smaller model",
                 file=sys.stderr,
             )
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of our output has left, as in `picogpt sample … | head`.
+        # The process that reads our output has ended, as in `picogpt sample … | head`.
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:

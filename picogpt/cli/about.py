@@ -13,12 +13,12 @@ from picogpt.errors import UsageError
 @click.command()
 @click.argument("files", nargs=-1)
 @click.option(
-    "--draft", "only_draft", is_flag=True, help="Print a file for this machine, for config/hardware/NAME.yaml."
+    "--draft", "only_draft", is_flag=True, help="Print a draft of config/hardware/NAME.yaml for this machine."
 )
 def hardware(files: tuple[str, ...], only_draft: bool) -> None:
-    """Show what is here: device, the dtype that is fast on it, cores, memory; and which hardware files fit it.
+    """Show this machine: device, fastest dtype, cores and memory, and which files of config/hardware/ fit it.
 
-    Where none fits, it prints a draft of one, filled in as far as it can be told. FILES, of your own, are checked.
+    If none fits, print a draft of one. FILES of your own are checked.
 
     \b
       picogpt hardware
@@ -41,7 +41,7 @@ def hardware(files: tuple[str, ...], only_draft: bool) -> None:
     if gpus:
         click.echo(f"GPUs     {len(gpus)}: {', '.join(sorted(set(gpus)))}")
     for name, settings in known.items():
-        click.echo(f"file     {name} is right: {settings.title}, {len(settings.rungs)} rungs")
+        click.echo(f"file     {name} is valid: {settings.title}, {len(settings.rungs)} rungs")
     fitting = machines.fitting()
     if fitting:
         click.echo(f"fits     {', '.join(fitting)} (config/hardware/)")
@@ -55,10 +55,10 @@ def hardware(files: tuple[str, ...], only_draft: bool) -> None:
 @click.command()
 @click.argument("configuration", default="config/config.yaml")
 def plan(configuration: str) -> None:
-    """Print, as JSON, what a workflow must know before it can list its jobs. Asks no network.
+    """Print, as JSON, what a workflow must know before it can list its jobs. Uses no network.
 
-    CONFIGURATION is a YAML file like config/config.yaml, or - for standard input: the text that is meant, the settings of
-    each model, which machines of config/hardware/ are measured here, and what a job on each asks a cluster for.
+    The plan names the text, the settings of each model, the machines of config/hardware/ that are measured here, and the
+    resources that a job on each of them needs. CONFIGURATION is a file like config/config.yaml, or - for standard input.
 
     \b
       picogpt plan

@@ -29,10 +29,10 @@ def bench() -> None:
 @bench.command("sample")
 @click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
 @model_options
-@click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens of a run and stream.")
-@click.option("--runs", type=click.IntRange(1), default=5, help="Runs, after a short one to warm up.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, help="Streams at once.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write the record.")
+@click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens per run and stream.")
+@click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs, after a short warm-up run.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, help="Streams sampled together.")
+@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
 @optional_option
 def sample(
     kind: str,
@@ -46,7 +46,7 @@ def sample(
     out: Path | None,
     optional: bool,
 ) -> None:
-    """Measure how many tokens a second a model samples; every run is listed.
+    """Measure the sampling throughput of a model in tokens/s; every run is listed.
 
     \b
       picogpt bench sample gpt2 --dtype int8
@@ -69,18 +69,20 @@ def sample(
 
 
 @bench.command("train")
-@click.option("--hardware", "name", required=True, help="A machine of config/hardware/, or a YAML file of your own.")
-@click.option("--rung", required=True, help="How far up the ladder: baseline, tf32, bf16, compile, flash, ...")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of GPT-2 tokens. [default: newest in weights/]")
+@click.option("--hardware", "name", required=True, help="Machine of config/hardware/, or a YAML file of your own.")
+@click.option("--rung", required=True, help="Last optimization to include: baseline, tf32, bf16, compile, flash, ...")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Folder of GPT-2 tokens. [default: the newest in weights/]"
+)
 @click.option("--config", help="YAML file with the model, or a name in config/models/. [default: GPT-2 124M]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of it; repeatable.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write the record.")
+@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
 def train(
     name: str, rung: str, data: Path | None, config: str | None, overrides: tuple[str, ...], out: Path | None
 ) -> None:
-    """Measure one rung of the training ladder: a step of GPT-2 with all optimizations up to RUNG.
+    """Measure one rung of the training ladder: a training step of GPT-2 with all optimizations up to RUNG.
 
-    It refuses to run on another device than the hardware file names, so that no number stands under a wrong name.
+    The device must be the one that the hardware file names, so that no number is listed under a wrong name.
     `picogpt hardware` says which file fits this machine.
 
     \b
@@ -119,21 +121,37 @@ def train(
         f"{name} {rung}: {results['tokens_per_second']:,.0f} tokens/s, median step {results['median']:.4g} s"
         f" ({results['fastest']:.4g} to {results['slowest']:.4g} of {len(results['step_seconds'])}),"
         f" {results['peak_memory_bytes'] / 2**30:.2f} GiB, loss {results['final_loss']:.4f}"
-        + (f"; micro-batches of {results['micro_batch_size']}: memory ran out" if results["out_of_memory"] else "")
+        + (
+            f"; micro-batches of {results['micro_batch_size']}, because larger ones ran out of memory"
+            if results["out_of_memory"]
+            else ""
+        )
     )
 
 
 @bench.command()
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="A UTF-8 text.")
-@click.option("--characters", type=click.IntRange(1), default=8_000_000, help="The text is repeated up to so many.")
-@click.option("--shards", "counts", type=click.IntRange(1), multiple=True, default=(10, 100, 1000, 10000))
+@click.option(
+    "--characters",
+    type=click.IntRange(1),
+    default=8_000_000,
+    help="The text is repeated until it has this many characters.",
+)
+@click.option(
+    "--shards",
+    "counts",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(10, 100, 1000, 10000),
+    help="Numbers of shards; repeatable.",
+)
 @click.option("--windows", type=click.IntRange(1), default=512, help="Windows of 1,024 tokens in a batch.")
-@click.option("--runs", type=click.IntRange(1), default=5, help="Of tokenizing, on each number of cores.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write the record.")
+@click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs of tokenizing, for each number of cores.")
+@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
 def data(text: Path, characters: int, counts: tuple[int, ...], windows: int, runs: int, out: Path | None) -> None:
-    """Measure how the cost of data grows: tokenizing with cores, opening and drawing a batch with shards.
+    """Measure the cost of data: tokenizing by number of cores, reading batches by number of shards.
 
-    Tokenizing takes turns with tiktoken's own; the shards are small files in a temporary folder.
+    Tokenizing alternates with tiktoken's own batches; the shards are small files in a temporary folder.
 
     \b
       picogpt bench data --text resources/tinyshakespeare.txt
@@ -165,9 +183,9 @@ def data(text: Path, characters: int, counts: tuple[int, ...], windows: int, run
 
 @bench.command()
 @click.argument("files", nargs=-1, metavar="NAME=FILE...", required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write the record.")
+@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
 def weights(files: tuple[str, ...], out: Path | None) -> None:
-    """Measure what weight files weigh; FILE `gpt2-pretrained` stands for OpenAI's, where they are here.
+    """Measure the sizes of weight files. FILE gpt2-pretrained means OpenAI's, if they are in the cache.
 
     \b
       picogpt bench weights gpt2=weights/gpt2/RUN/tinyshakespeare/best.pt gpt2-pretrained=gpt2-pretrained

@@ -1,4 +1,4 @@
-"""What several commands share: folders, names of kinds, and which file is meant where none is named."""
+"""What several commands share: folders, names of models, and the file that is used where none is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("char-bigram", "char-transformer", "gpt2")
 PRETRAINED = ("gpt2-pretrained", "gpt2-pretrained-medium", "gpt2-pretrained-large", "gpt2-pretrained-xl")
 WEIGHTS = Path("weights")
 RESOURCES = Path("resources")
-RUN_PATTERN = "names a folder; the default is the time, as in 20260210_183518"
+RUN_PATTERN = "Name of the run's folder. [default: the time, as in 20260210_183518]"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,14 +29,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def model_options(function: Function) -> Function:
     """The options by which a trained model and its tokenizer are named."""
     options = (
-        click.option("--ckpt", type=click.Path(path_type=Path), help="A best.pt. [default: of the newest run]"),
-        click.option("--tokenizer-dir", type=click.Path(path_type=Path), help="[default: the one that fits]"),
-        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps."),
+        click.option(
+            "--ckpt", type=click.Path(path_type=Path), help="Checkpoint, a best.pt. [default: that of the newest run]"
+        ),
+        click.option(
+            "--tokenizer-dir",
+            type=click.Path(path_type=Path),
+            help="Folder of the tokenizer. [default: the one the checkpoint was trained with]",
+        ),
+        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps."),
         click.option(
             "--dtype",
             type=click.Choice(["float32", "bfloat16", "int8"]),
             default="float32",
-            help="int8: weights in bytes, GPT-2 only.",
+            help="Of the weights; int8 (8-bit weights with a scale a row) is for GPT-2 only.",
         ),
     )
     for option in reversed(options):
@@ -47,7 +53,7 @@ def model_options(function: Function) -> Function:
 optional_option = click.option(
     "--optional",
     is_flag=True,
-    help="Where the weights of OpenAI are not in the cache of the hub's client, ask nobody: write a record that says so.",
+    help="Do not download OpenAI's weights: where they are not in the cache, write a record that says so.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Commands that bring data and turn it into tokens."""
+"""Commands that download data and turn it into tokens."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ FINEWEB = "fineweb-edu"
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--first", is_flag=True, help="Take the first of the names that can be had, instead of all.")
-@click.option("--folder", type=click.Path(path_type=Path), default=RESOURCES, help="Where to keep what arrives.")
+@click.option("--first", is_flag=True, help="Fetch only the first of the names that is available.")
+@click.option("--folder", type=click.Path(path_type=Path), default=RESOURCES, help="Folder for the downloaded files.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Also write a copy under this name (with one name, or --first)."
+    "--out", type=click.Path(path_type=Path), help="Also copy the file to this path (with one name, or --first)."
 )
 @click.option(
     "--status",
     type=click.Path(path_type=Path),
-    help="Write a JSON file that says of each name whether the hub gave it; that it did not is then no error.",
+    help="Write a JSON file that says for each name whether the hub provided it; if not, that is then no error.",
 )
-@click.option("--attempt", type=click.IntRange(1), default=1, help="A number for --status: which attempt this is.")
-@click.option("--shard", "shards", type=click.IntRange(0), multiple=True, help="Of fineweb-edu; repeatable.")
+@click.option(
+    "--attempt", type=click.IntRange(1), default=1, help="Number of this attempt, noted in the file of --status."
+)
+@click.option("--shard", "shards", type=click.IntRange(0), multiple=True, help="Shard of fineweb-edu; repeatable.")
 def fetch(
     names: tuple[str, ...],
     first: bool,
@@ -41,13 +43,13 @@ def fetch(
     attempt: int,
     shards: tuple[int, ...],
 ) -> None:
-    """Fetch assets of config/assets.yaml and verify them; without names, list them.
+    """Download files registered in config/assets.yaml and verify their hashes; without names, list them.
 
-    `pretrained`, and the larger pretrained-medium, -large and -xl, are OpenAI's weights of config/pretrained.yaml:
-    they stay in the cache of the Hugging Face client. So do the shards of `fineweb-edu`, text for longer trainings.
+    `pretrained`, pretrained-medium, pretrained-large and pretrained-xl are OpenAI's weights (config/pretrained.yaml). They
+    are stored in the cache of the Hugging Face client, like the shards of `fineweb-edu`, a text for longer trainings.
 
-    $PICOGPT_MIRROR, a folder or an address, is asked first, then the registered addresses; the hub is at $HF_ENDPOINT.
-    What is here already is verified and not fetched again; a connection that breaks is taken up again.
+    $PICOGPT_MIRROR, a folder or a URL, is tried first, then the registered URLs; $HF_ENDPOINT is the URL of the hub.
+    A file that is here already is verified and not downloaded again; an interrupted download is resumed.
     """
     from picogpt.data import assets, fineweb
     from picogpt.files import atomic_write
@@ -130,7 +132,7 @@ def _fetch(name: str, folder: Path) -> Path:
 
 
 def _ask(name: str, folder: Path, status: Path) -> Answer:
-    """Fetch a file of the hub; its absence is an answer too."""
+    """Fetch a file of the hub; that it is not available is an answer, not an error."""
     from picogpt.hub import Answer
 
     try:
@@ -144,17 +146,26 @@ def _ask(name: str, folder: Path, status: Path) -> Answer:
 
 @click.group()
 def tokenize() -> None:
-    """Turn a text into token files and a tokenizer."""
+    """Turn a text into token files."""
 
 
 @tokenize.command()
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text. [default: the first corpus in resources/]")
 @click.option("--run", help=RUN_PATTERN)
-@click.option("--corpus", help="Name of the corpus in all results. [default: the registered name, or the file's]")
-@click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.1)
-@click.option("--drop-unseen", is_flag=True, help="Leave out of the validation text what the training text lacks.")
+@click.option("--corpus", help="Name of the text in all results. [default: its registered name, or the file name]")
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.1,
+    help="Share of the text, at its end, for validation.",
+)
+@click.option(
+    "--drop-unseen",
+    is_flag=True,
+    help="Remove characters from the validation text that do not occur in the training text.",
+)
 def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: float, drop_unseen: bool) -> None:
-    """One token a character. Writes tokenizer.json, train.bin, val.bin to weights/char_tokenizer/RUN/."""
+    """Characters as tokens. Writes tokenizer.json, train.bin and val.bin to weights/char_tokenizer/RUN/."""
     from picogpt.data.corpus import tokenize_chars
 
     text = text or _corpus_here()
@@ -173,17 +184,22 @@ def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: f
     "texts",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A UTF-8 text; repeatable: each is a document. [default: the first corpus in resources/]",
+    help="A UTF-8 text; repeatable, each file is a document. [default: the first corpus in resources/]",
 )
 @click.option("--run", help=RUN_PATTERN)
-@click.option("--corpus", help="Name of the corpus in all results. [default: the registered name, or the file's]")
-@click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.1)
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: one a core.")
+@click.option("--corpus", help="Name of the text in all results. [default: its registered name, or the file name]")
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.1,
+    help="Share of the text, at its end, for validation.",
+)
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
 def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fraction: float, threads: int) -> None:
-    """GPT-2's 50,257 tokens. Writes train.bin and val.bin to weights/gpt2_tokenizer/RUN/.
+    """GPT-2's byte-pair encoding, 50,257 tokens. Writes train.bin and val.bin to weights/gpt2_tokenizer/RUN/.
 
-    The merges are fetched at the first use and kept in resources/. The last part of each text is for validation.
-    Documents are told apart by <|endoftext|>, which a text may hold already.
+    The merges are downloaded at first use and kept in resources/. The last part of each text is for validation.
+    Documents are separated by <|endoftext|>, which a text may contain already.
     """
     from picogpt.data.bpe import GPT2Tokenizer
     from picogpt.data.corpus import tokenize_gpt2
@@ -199,26 +215,30 @@ def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fract
 
 
 @tokenize.command(FINEWEB)
-@click.option("--shard", "numbers", type=click.IntRange(0), multiple=True, help="Tokenize this one; repeatable.")
-@click.option("--join", "count", type=click.IntRange(1), help="Join the first so many, and write manifest.json.")
+@click.option("--shard", "numbers", type=click.IntRange(0), multiple=True, help="Shard to tokenize; repeatable.")
+@click.option("--join", "count", type=click.IntRange(1), help="Number of shards to join; writes manifest.json.")
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
     default=WEIGHTS / "gpt2_tokenizer" / FINEWEB,
-    help="Where the tokens of all shards lie.",
+    help="Folder for the tokens of all shards.",
 )
 @click.option(
-    "--parquet", type=click.Path(path_type=Path), help="The shard's file. [default: in the hub client's cache]"
+    "--parquet",
+    type=click.Path(path_type=Path),
+    help="Parquet file of the shard. [default: the one in the cache of the hub client]",
 )
-@click.option("--val-documents", type=click.IntRange(1), default=1000, help="Of shard 0, for validation.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: one a core.")
+@click.option(
+    "--val-documents", type=click.IntRange(1), default=1000, help="Documents of shard 0 that are for validation."
+)
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
 def fineweb_edu(
     numbers: tuple[int, ...], count: int | None, folder: Path, parquet: Path | None, val_documents: int, threads: int
 ) -> None:
-    """GPT-2's tokens of FineWeb-Edu, shard by shard. Writes train-00000.bin, …, val.bin and manifest.json.
+    """GPT-2's tokens of FineWeb-Edu, shard by shard. Writes train-00000.bin, ..., val.bin and manifest.json.
 
-    Shards are fetched first; nothing here asks the network for them. Each may be tokenized by a command of its own, on
-    another machine, in any order; one that is there and whole is left alone. Joining them comes last.
+    Shards are downloaded before, by picogpt fetch; this command needs no network. Shards can be tokenized on several
+    machines, in any order; a complete one is not tokenized again. Joining them comes last.
 
     \b
       picogpt fetch fineweb-edu --shard 0 --shard 1
@@ -253,7 +273,7 @@ def _corpus_here() -> Path:
     corpora = [RESOURCES / asset.file for asset in assets.registry().values() if asset.kind == "corpus"]
     here = [path for path in corpora if path.exists()]
     if not here:
-        raise UsageError("no corpus is in resources/: picogpt fetch tinyshakespeare brings one, or give --text FILE")
+        raise UsageError("no corpus is in resources/: run picogpt fetch tinyshakespeare, or pass --text FILE")
     return here[0]
 
 

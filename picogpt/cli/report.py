@@ -8,7 +8,7 @@ import click
 
 from picogpt.errors import UsageError
 
-REFERENCE = "A record measured elsewhere, of results/reference/: shown, as such, where nothing was measured here."
+REFERENCE = "Record of results/reference/, shown as such where nothing was measured here; repeatable."
 
 
 @click.group()
@@ -17,17 +17,19 @@ def report() -> None:
 
 
 @report.command("loss-curve")
-@click.option("--run-folder", type=click.Path(path_type=Path), required=True, help="Has metrics.jsonl and record.json.")
+@click.option(
+    "--run-folder", type=click.Path(path_type=Path), required=True, help="Folder with metrics.jsonl and record.json."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def loss_curve(run_folder: Path, out: Path) -> None:
-    """Draw the loss curve of a run beside the published values."""
+    """Draw the loss curves of a run beside the published values."""
     from picogpt.report.figures import draw_loss_curve
 
     draw_loss_curve(run_folder, out)
 
 
 @report.command()
-@click.option("--hardware", "name", required=True, help="A machine of config/hardware/, or a YAML file of your own.")
+@click.option("--hardware", "name", required=True, help="Machine of config/hardware/, or a YAML file of your own.")
 @click.argument("record_files", type=click.Path(path_type=Path), nargs=-1)
 @click.option("--reference", "references", type=click.Path(path_type=Path), multiple=True, help=REFERENCE)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
@@ -58,10 +60,10 @@ def summary(record_files: tuple[Path, ...], references: tuple[Path, ...], out: P
     "samples",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A text that the template shows, by the name of its file; repeatable.",
+    help="Sampled text that the template shows by its file name; repeatable.",
 )
-@click.option("--set", "values", multiple=True, metavar="NAME=VALUE", help="A value that the template uses.")
-@click.option("--hardware", multiple=True, help="A machine whose training ladder is shown; repeatable.")
+@click.option("--set", "values", multiple=True, metavar="NAME=VALUE", help="Value that the template uses; repeatable.")
+@click.option("--hardware", multiple=True, help="Machine whose training ladder is shown; repeatable.")
 @click.option("--reference", "references", type=click.Path(path_type=Path), multiple=True, help=REFERENCE)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def page(
@@ -74,7 +76,7 @@ def page(
     references: tuple[Path, ...],
     out: Path,
 ) -> None:
-    """Fill in the template of the write-up."""
+    """Fill in the template of the write-up with the numbers of a run."""
     from picogpt.report.page import write_page
 
     if wrong := [pair for pair in values if "=" not in pair]:
@@ -84,12 +86,12 @@ def page(
 
 
 @click.command()
-@click.option("--run", default="pipeline", help="The run in weights/ whose records are kept.")
+@click.option("--run", default="pipeline", help="Run in weights/ whose records are kept.")
 def reference(run: str) -> None:
-    """Keep what was measured here as reference records: results/reference/DEVICE/ and media/reference/DEVICE/.
+    """Copy the records and figures of a complete run to results/reference/DEVICE/ and media/reference/DEVICE/.
 
-    They are tracked: on machines without this device, figures and tables show them, and say so. Refused where the
-    records stand on another corpus than tinyshakespeare or on uncommitted changes.
+    These folders are tracked by git: on machines without this device, figures and tables show their numbers, and say so.
+    Records of another text than tinyshakespeare, or of uncommitted code, are refused.
     """
     from picogpt.reference import keep
 

@@ -1,4 +1,4 @@
-"""Commands about the trainings that there are."""
+"""Commands that list and compare trainings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NUMBERS = range(3, 8)
 
 
 @click.group(invoke_without_command=True)
-@click.option("--model", type=click.Choice(KINDS), help="List the runs of this model alone.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: losses in nats a token, times in s.")
+@click.option("--model", type=click.Choice(KINDS), help="List only the runs of this model.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: losses in nats per token, times in s.")
 @click.pass_context
 def runs(context: click.Context, model: str | None, as_json: bool) -> None:
-    """List the trainings in weights/, the newest first; of those that are not finished, how far they came.
+    """List the trainings in weights/, newest first, with the progress of those that are not finished.
 
     \b
       picogpt runs --model gpt2
@@ -53,9 +53,9 @@ def runs(context: click.Context, model: str | None, as_json: bool) -> None:
 @click.argument("first")
 @click.argument("second")
 def diff(first: str, second: str) -> None:
-    """Show in what two trainings differ: settings, text, device, versions, and results side by side.
+    """Compare two trainings: the settings, text, device and versions that differ, and the results.
 
-    FIRST and SECOND are folders, or names as `picogpt runs` lists them, or MODEL/RUN where a name is not enough.
+    FIRST and SECOND are folders, or names from `picogpt runs`, or MODEL/RUN if a name is ambiguous.
 
     \b
       picogpt runs diff wide 20260210_183518

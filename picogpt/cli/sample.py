@@ -14,28 +14,43 @@ from picogpt.errors import PicogptError, UsageError
 @click.command()
 @click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
 @model_options
-@click.option("-n", "--num-tokens", type=int, default=500, help="Tokens to make.")
+@click.option("-n", "--num-tokens", type=int, default=500, help="Tokens to sample.")
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
-    help="Text to continue; repeatable. [default: a line break; for OpenAI's, <|endoftext|>]",
+    help="Text to continue; repeatable. [default: a line break; for OpenAI's models <|endoftext|>]",
 )
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the text to continue.")
-@click.option("--truncate", is_flag=True, help="Of a prompt longer than the context, read the end alone.")
-@click.option("--temperature", type=float, default=1.0, help="Below 1 bolder, above 1 wilder; 0 is greedy.")
-@click.option("--top-k", type=int, help="Choose among the k most likely tokens.")
-@click.option("--top-p", type=float, help="Choose among the likeliest tokens that together reach this probability.")
-@click.option("--seed", type=int, default=1337, help="The same seed gives the same text; text i has seed + i.")
-@click.option("--num-samples", type=int, default=1, help="Texts for each prompt, all at once.")
-@click.option("--stop", "stops", multiple=True, help="End a text before this string; repeatable.")
-@click.option("--ignore-end", is_flag=True, help="Go on past <|endoftext|>, which otherwise ends a text.")
-@click.option("--stream/--no-stream", default=None, help="Print as it is made. [default: for one text on a terminal]")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="UTF-8 file with the text to continue.")
+@click.option("--truncate", is_flag=True, help="If a prompt is longer than the context, use only its end.")
 @click.option(
-    "--cache/--no-cache", default=True, help="Remember keys and values; without, the same text (in float32), slowly."
+    "--temperature",
+    type=float,
+    default=1.0,
+    help="Divides the logits: lower is more deterministic, higher more random, 0 is greedy.",
 )
-@click.option("--untrained", is_flag=True, help="Sample from the weights that the training began with.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
+@click.option("--top-k", type=int, help="Sample from the k most likely tokens only.")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample from the most likely tokens whose probabilities add up to this (nucleus sampling).",
+)
+@click.option("--seed", type=int, default=1337, help="The same seed gives the same text; sample i uses seed + i.")
+@click.option("--num-samples", type=int, default=1, help="Samples for each prompt, generated as one batch.")
+@click.option("--stop", "stops", multiple=True, help="Stop before this string; repeatable.")
+@click.option("--ignore-end", is_flag=True, help="Continue after <|endoftext|>, which otherwise ends a sample.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Print tokens as they are sampled. [default: on a terminal, for one sample]",
+)
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    help="Use a KV cache. Without it sampling is slow; in float32 the text is the same.",
+)
+@click.option("--untrained", is_flag=True, help="Sample from the initial weights of the training.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the text to this file instead of the terminal.")
 def sample(
     kind: str,
     ckpt: Path | None,
@@ -58,7 +73,7 @@ def sample(
     untrained: bool,
     out: Path | None,
 ) -> None:
-    """Sample text from a trained model, or from OpenAI's GPT-2, which is fetched at its first use.
+    """Sample text from a trained model, or from OpenAI's GPT-2, which is downloaded at first use.
 
     \b
       picogpt sample char-transformer -n 1000 --prompt "ROMEO:"
@@ -119,9 +134,9 @@ def sample(
 @click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
 @model_options
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of token files. [default: newest in weights/]")
-@click.option("--prompt", "prompts", multiple=True, help="Also continue this text; repeatable.")
-@click.option("-n", "--num-tokens", type=click.IntRange(1), default=100, help="Tokens of each text.")
-@click.option("--seed", type=int, default=1337, help="Of the texts.")
+@click.option("--prompt", "prompts", multiple=True, help="Also continue this prompt; repeatable.")
+@click.option("-n", "--num-tokens", type=click.IntRange(1), default=100, help="Tokens of each continuation.")
+@click.option("--seed", type=int, default=1337, help="Seed of the continuations.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a record of the result.")
 @optional_option
 def evaluate(
@@ -137,11 +152,11 @@ def evaluate(
     out: Path | None,
     optional: bool,
 ) -> None:
-    """Measure the loss of a model on the whole validation text, in the dtype in which it would sample.
+    """Measure the loss of a model on the whole validation text, with the weights in the dtype of sampling.
 
     \b
       picogpt evaluate gpt2
-      picogpt evaluate gpt2 --dtype int8                   what eight bits cost
+      picogpt evaluate gpt2 --dtype int8                   the cost of 8-bit weights
       picogpt evaluate gpt2-pretrained
     """
     from picogpt import records
@@ -155,7 +170,7 @@ def evaluate(
     record = quality.measure(kind, model, tokenizer, source, token_data, device, dtype, prompts, num_tokens, seed)
     if out:
         records.write(out, record)
-    click.echo(f"{source}, {dtype}: validation loss {record['results']['val_loss']:.6f} nats a token")
+    click.echo(f"{source}, {dtype}: validation loss {record['results']['val_loss']:.6f} nats per token")
     for prompt, text in zip(prompts, record["results"]["texts"], strict=True):
         click.echo(f"---\n{prompt}{text}")
 
@@ -163,7 +178,7 @@ def evaluate(
 @click.command()
 @click.argument("kind", type=click.Choice(["gpt2"]))
 @click.option("--ckpt", type=click.Path(path_type=Path), help="A best.pt. [default: of the newest run]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write; it must not exist.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist yet.")
 def export(kind: str, ckpt: Path | None, out: Path) -> None:
     """Write a trained GPT-2 as a Hugging Face folder: safetensors, config, tokenizer.
 

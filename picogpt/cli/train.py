@@ -17,7 +17,7 @@ BATCH = ("train.batch_size", "train.micro_batch_size", "model.block_size")
 
 
 class TrainCommand(click.Command):
-    """Lists every setting, from the types that check them, at the end of its help."""
+    """Lists every setting at the end of its help, from the types that check them."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from picogpt.config import (
@@ -34,11 +34,13 @@ class TrainCommand(click.Command):
             "model of char-bigram": ("model", CharBigramConfig),
             "model of char-transformer": ("model", CharTransformerConfig),
             "model of gpt2": ("model", GPT2Config),
-            "train: what changes the result": ("train", TrainConfig),
-            "runtime: where and how to run": ("runtime", RuntimeConfig),
+            "train: everything that changes the result": ("train", TrainConfig),
+            "runtime: device, speed and logging": ("runtime", RuntimeConfig),
         }
         formatter.write_paragraph()
-        formatter.write_text("Settings, in the YAML file and for --set (the shipped files differ from these defaults):")
+        formatter.write_text(
+            "Settings of the YAML file, for --set, with their defaults (the files in config/models/ set others):"
+        )
         for title, (prefix, cls) in sections.items():
             rows = [
                 (f"{key}{f'={default}' if default not in ('', 'null') else ''}", text)
@@ -52,21 +54,26 @@ class TrainCommand(click.Command):
 @click.command(cls=TrainCommand)
 @click.argument("kind", type=click.Choice(KINDS))
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of token files. [default: newest in weights/]")
-@click.option("--run", help=f"{RUN_PATTERN}. A run that was stopped goes on under its name.")
-@click.option("--folder", type=click.Path(path_type=Path), help="The folder of the run itself, wherever it is.")
+@click.option("--run", help=f"{RUN_PATTERN} An interrupted run continues under its name.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder of the run, in place of weights/KIND/RUN/.")
 @click.option("--config", help="YAML file of settings, or a name in config/models/. [default: of the model]")
-@click.option("--size", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="Which shipped settings.")
+@click.option(
+    "--size",
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    default="auto",
+    help="Shipped settings for a CPU or for a GPU; auto looks at this machine.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
 @click.option("--seed", type=int, help="Short for --set train.seed=N.")
 @click.option("--steps", type=int, help="Short for --set train.steps=N.")
 @click.option(
     "--init",
     type=click.Choice(["scratch", "pretrained"]),
-    help="Short for --set train.init=: gpt2 from OpenAI's weights.",
+    help="Short for --set train.init=: start gpt2 from random or from OpenAI's weights.",
 )
-@click.option("--device", help="Short for --set runtime.device=NAME: auto, cpu, cuda, cuda:N, mps.")
-@click.option("--hardware", help="A machine of config/hardware/: its batch, and refused on any other.")
-@click.option("--replace", is_flag=True, help="Start over where the folder holds a run of other settings or data.")
+@click.option("--device", help="Short for --set runtime.device=: auto, cpu, cuda, cuda:N or mps.")
+@click.option("--hardware", help="Machine of config/hardware/: use its batch, and refuse to run on any other device.")
+@click.option("--replace", is_flag=True, help="Start over if the folder holds a run with other settings or data.")
 def train(
     kind: str,
     data: Path | None,
@@ -84,9 +91,9 @@ def train(
 ) -> None:
     """Train a model. Results go to weights/KIND/RUN/: best.pt, metrics.jsonl, record.json (gpt2: RUN/CORPUS/).
 
-    Stop it with Ctrl-C (or SIGTERM, SIGUSR1): it saves at the next step, and the same command with its --run goes
-    on from there, to the same weights bit for bit. Under torchrun every rank takes its part of each batch; a run may
-    go on with another number of ranks.
+    Ctrl-C (SIGTERM, SIGUSR1) saves a checkpoint at the next step and stops; the same command with --run continues from
+    there and ends with bit-identical weights. Under torchrun every rank computes its share of each batch; a run can be
+    continued with a different number of ranks.
 
     \b
       picogpt train char-bigram
@@ -110,7 +117,9 @@ def train(
         batch = {key: getattr(machine, key.split(".")[1]) for key in BATCH}
         for override in overrides:
             if override.partition("=")[0] in batch:
-                raise UsageError(f"--set {override}: --hardware {hardware} settles that, from its file; leave out one")
+                raise UsageError(
+                    f"--set {override}: --hardware {hardware} settles that, from its file; use one of them"
+                )
         overrides += tuple(f"{key}={value}" for key, value in batch.items())
     experiment = load_experiment(model_file(config or kind, size_of(size)), overrides)
     if experiment.model.kind != kind:
@@ -130,11 +139,11 @@ def train(
         except Interrupted as stop:
             named = run or folder
             again = "" if named else f" with --run {place.relative_to(WEIGHTS).parts[1]}"
-            raise Interrupted(stop.exit_status - 128, f"{stop}: the same command{again} goes on from there") from None
+            raise Interrupted(stop.exit_status - 128, f"{stop}: the same command{again} continues from there") from None
     if not world.first:
         return
     if not trainer.progress.sessions:
-        click.echo(f"{place} was finished already; nothing was trained", err=True)
+        click.echo(f"{place} is finished already; nothing was trained", err=True)
     if note := _note(kind):
         note.unlink(missing_ok=True)
     results = record["results"]

@@ -178,7 +178,7 @@ def _download(address: str, file: File, target: Path) -> None:
             failure = innermost(error)
     kept = part.stat().st_size if part.exists() else 0
     if kept:
-        failure += f"; {kept:,} of {file.size:,} bytes are kept, the next run goes on from there"
+        failure += f"; {kept:,} of {file.size:,} bytes are kept, and the next run continues from there"
     raise Unreachable(failure)
 
 

@@ -10,9 +10,9 @@ from picogpt import records
 from picogpt.files import atomic_write
 from picogpt.report.compare import CORPUS, on_published_text, published
 
-# Okabe and Ito's palette, told apart by colour-blind readers; and grey for what is not ours.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; grey for published values.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
-EVALUATED = {"part": "as much text", "whole": "whole text"}
+EVALUATED = {"part": "part of the text", "whole": "whole text"}
 STYLE: Any = {
     "figure.facecolor": "white",
     "font.size": 11,
@@ -106,10 +106,10 @@ def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int
     lines: list[tuple[float, str, str, tuple[int, ...]]] = []
     floor = record["results"].get("closed_form_train_loss")
     if floor is not None:
-        lines.append((floor, f"floor of training, pair counts: {floor:.4f}", GREEN, (2, 1)))
+        lines.append((floor, f"lower bound of training, pair counts: {floor:.4f}", GREEN, (2, 1)))
     names = {
         "train_loss_after": ("published, training", (8, 3)),
-        "val_loss_after": ("published, last validation", (5, 3)),
+        "val_loss_after": ("published, final validation", (5, 3)),
         "best_val_loss": ("published, best validation", (3, 2)),
     }
     rows = published()

@@ -101,13 +101,13 @@ def _draw_bar(axes: Any, place: int, results: dict[str, Any], colour: str) -> fl
 
 def _say_so(axes: Any, measured: bool, marks: bool, target: float | None) -> None:
     """Write into the picture that nothing in it was measured, or that there is nothing to compare it with."""
-    words = "The baseline was not measured: no speed-ups." if measured else "Not measured in this run."
+    words = "The baseline was not measured, so there are no speed-ups." if measured else "Not measured in this run."
     if marks:
         words += "\nThe diamonds are the published values."
     elif target:
         words += f"\nPublished: {target:,.0f} tokens/s."
     elif not measured:
-        words += "\nNobody publishes these numbers."
+        words += "\nNo numbers are published for this machine."
     # Published speed-ups grow from top to bottom: the upper right corner is free.
     x, y, at = (0.98, 0.95, "right") if marks else (0.5, 0.6, "center")
     axes.text(
@@ -128,8 +128,8 @@ def _subtitle(
         found = "records without a baseline" if measured else "no records of this run, and no reference records"
         return found + (": published values alone" if marks else "")
     whose = "measured in this run" if here else "reference records, not measured in this run"
-    above = "all above it" if len(bars) == len(measured) else "all measured above it"
-    parts = [f"bars: {whose}, each rung with {above}; lines: fastest and slowest step"]
+    above = "those above it" if len(bars) == len(measured) else "those measured above it"
+    parts = [f"bars: {whose}, each rung including {above}; error bars: fastest and slowest step"]
     if marks:
         parts.append("diamonds: published")
     if target:
@@ -142,7 +142,7 @@ def _amount(results: dict[str, Any], machine: MachineConfig) -> str:
     if results["mfu"]:
         parts.append(f"{100 * results['mfu']:.0f}% of its bfloat16 peak")
     if results["out_of_memory"]:
-        parts.append(f"out of memory: micro-batches of {results['micro_batch_size']}")
+        parts.append(f"micro-batches of {results['micro_batch_size']}: larger ones ran out of memory")
     return "  ".join(parts)
 
 
