@@ -1,6 +1,6 @@
 """Draws docs/rulegraph.svg: the rules of the workflow by topic, from Snakemake's own --rulegraph. Needs Graphviz.
 
-    python docs/rulegraph.py > docs/rulegraph.svg
+python docs/rulegraph.py > docs/rulegraph.svg
 """
 
 from __future__ import annotations
