@@ -72,9 +72,9 @@ def _fenced(page: str) -> Iterator[Command]:
 
 
 def _is_listing(block: str) -> bool:
-    """Whether a block shows files: it begins with a folder, or with a file that has a suffix, of this repository."""
-    first = block.split(maxsplit=1)[0]
-    return (first.endswith("/") or Path(first).suffix != "") and (ROOT / first).exists()
+    """Whether a block shows files: it begins with a file or folder of this repository that is no program."""
+    first = block.split(maxsplit=1)[0].removeprefix(".venv/bin/")
+    return first not in PROGRAMS and (ROOT / first).exists()
 
 
 def _inline(page: str) -> Iterator[Command]:
