@@ -1,6 +1,6 @@
 """What a workflow must know before it can list its jobs: the text, settings of models, resources of machines.
 
-Everything here is read from files and from this machine; nothing asks the network.
+Everything is read from files and from this machine, without the network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GPT2_TOKENS = Path("weights/gpt2_tokenizer")
 
 
 class Part(Settings):
-    """A part of `config/config.yaml`. Its keys that decide nothing here are left to the workflow."""
+    """A part of `config/config.yaml`. Keys that do not affect the plan are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -38,7 +38,7 @@ class LadderPart(Part):
 
 
 class Configuration(Part):
-    """What decides the plan in `config/config.yaml`; `config/config.schema.yaml` documents each key."""
+    """The keys of `config/config.yaml` that affect the plan; `config/config.schema.yaml` documents them."""
 
     corpus: list[str] | str
     run: str = "pipeline"
@@ -52,7 +52,7 @@ class Configuration(Part):
 
 
 class Resources(Settings):
-    """What a job asks a cluster for; None where it asks for nothing."""
+    """Resources that a job requests from a cluster; None: not requested."""
 
     nodes: int
     gpu: int
@@ -68,7 +68,7 @@ class TrainingPlan(Settings):
 
     launch: str = Field(description="the start of the shell command, with one process for each rank")
     file: list[str] = Field(description="options of picogpt train that name the settings file")
-    settings: str = Field(description="what decides the weights, as JSON: the settings file without its `runtime`")
+    settings: str = Field(description="settings that determine the weights, as JSON: the file without its `runtime`")
     ranks: int = Field(description="processes on one node")
     resources: Resources
 
@@ -77,13 +77,15 @@ class RungPlan(Settings):
     """One rung of a training ladder."""
 
     before: list[str] = Field(description="the rung before it, if there is one")
-    settings: str = Field(description="what decides its record, as JSON: the machine's file, and the rungs up to it")
+    settings: str = Field(
+        description="settings that determine its record, as JSON: the machine's file, and the rungs up to it"
+    )
 
 
 class MachinePlan(Settings):
     """A machine of `config/hardware/`, or a file of the user's own."""
 
-    argument: str = Field(description="what the command line calls it")
+    argument: str = Field(description="its name or path on the command line")
     settings: str = Field(description="its file, as JSON")
     ladder: dict[str, RungPlan]
     launch: str = Field(description="the start of a shell command that runs on all its ranks")
@@ -96,10 +98,14 @@ class Plan(Settings):
     """The answer of `picogpt plan`."""
 
     text: str = Field(description="path of the text that everything is trained on")
-    corpus: str = Field(description="name of that text in file names")
-    detected: list[str] = Field(description="keys whose `auto` was answered by looking at this machine")
+    corpus: str = Field(
+        description="name of the requested text in file names; if another had to replace it, the files say so"
+    )
+    detected: list[str] = Field(
+        description="keys with the value `auto`, which were resolved by looking at this machine"
+    )
     fast_dtype: str = Field(description="dtype of the benchmark of many streams")
-    resources: Resources = Field(description="of a job on one device")
+    resources: Resources = Field(description="resources of a job on a single device")
     models: dict[str, TrainingPlan]
     ladder_model: str = Field(description="settings of the model whose training step is measured, as JSON")
     machines: dict[str, MachinePlan]
@@ -108,7 +114,9 @@ class Plan(Settings):
     )
     long_trainings: list[str] = Field(description="machines that are measured here and have a long training")
     from_hub: list[str] = Field(description="files that a fetch rule asks the hub for")
-    hub_attempt: int = Field(description="how often the hub has been asked; one more where it should be asked again")
+    hub_attempt: int = Field(
+        description="number of the last attempt to ask the hub, plus one if it should be asked again"
+    )
 
 
 def make(tree: dict[str, Any], source: str) -> Plan:
@@ -165,7 +173,7 @@ def make(tree: dict[str, Any], source: str) -> Plan:
 
 
 def launch(ranks: int, nodes: int = 1) -> str:
-    """The start of a shell command that trains: one process a device, on one node or on those of a SLURM job.
+    """The start of a shell command that trains: one process per device, on one node or on those of a SLURM job.
 
     Jobs that share a node get ports of their own from their job numbers, below the range that Linux assigns by itself.
     """
@@ -199,7 +207,7 @@ def _deciding(file: Path) -> str:
 
 
 def _ranks(gpus: int, asked: Configuration, settings: dict[str, Any]) -> int:
-    """As many GPUs as divide the batch of GPT-2's training; where a number was asked for, that number."""
+    """The largest number of available GPUs that divides the batch of GPT-2's training, or the configured number."""
     batch = (settings.get("train") or {}).get("batch_size", 16)
     for pair in asked.gpt2.set:
         key, _, value = pair.partition("=")
@@ -208,8 +216,8 @@ def _ranks(gpus: int, asked: Configuration, settings: dict[str, Any]) -> int:
     fitting = [ranks for ranks in range(1, gpus + 1) if batch % ranks == 0]
     if asked.gpus != "auto" and gpus and gpus not in fitting:
         raise UsageError(
-            f"gpus: {gpus} does not divide the batch of gpt2, {batch} sequences a step:"
-            f" {', '.join(map(str, fitting))} would, or another train.batch_size"
+            f"gpus: {gpus} must divide train.batch_size of gpt2, which is {batch}:"
+            f" use {', '.join(map(str, fitting))}, or change train.batch_size"
         )
     return max(fitting, default=1)
 
@@ -227,7 +235,7 @@ def _gpu_model(names: str | dict[str, str], machine: str) -> str | None:
 
 
 def _resources(nodes: int, ranks: int, on_gpu: bool, gpu_model: str | None) -> Resources:
-    """One task a node starts the ranks there; on several nodes it is started by srun."""
+    """Each node runs one task, which starts its ranks; on several nodes srun starts the tasks."""
     return Resources(
         nodes=nodes,
         gpu=nodes * ranks if on_gpu else 0,
@@ -272,7 +280,7 @@ def _machine(name: str, argument: str, gpu_models: str | dict[str, str]) -> Mach
 
 
 def _hub_attempt(names: list[str]) -> int:
-    """Read from what the last attempt left: settled while its files are here, or the same hub refuses them."""
+    """The number of the last attempt, plus one unless each file is here or was refused by this hub."""
     status = hub.read_status(RESOURCES / "hub.json")
     if status is None:
         return 1

@@ -338,7 +338,7 @@ def test_rungs_of_another_device_or_without_a_baseline_are_not_compared(
     records.write(tmp_path / "flash.json", flash)
     written = texts_of(monkeypatch)
     draw_throughput(str(box), [tmp_path / "flash.json"], [], tmp_path / "box.png")
-    assert "The baseline was not measured: no speed-ups." in written
+    assert "The baseline was not measured, so there are no speed-ups." in written
     assert "records without a baseline" in written
     baseline["device"]["name"] = "another CPU"
     records.write(tmp_path / "baseline.json", baseline)

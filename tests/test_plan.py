@@ -89,7 +89,9 @@ def test_as_many_gpus_train_as_divide_the_batch(monkeypatch, here: int, ranks: i
 
 def test_a_number_of_gpus_that_does_not_divide_the_batch_is_refused(monkeypatch):
     gpus(monkeypatch)
-    with pytest.raises(UsageError, match="gpus: 3 does not divide the batch of gpt2, 16 sequences a step: 1, 2 would"):
+    with pytest.raises(
+        UsageError, match=r"gpus: 3 must divide train.batch_size of gpt2, which is 16: use 1, 2, or change"
+    ):
         make(size="gpu", gpus=3)
 
 

@@ -129,7 +129,7 @@ def task_of_pixi(command: Command) -> None:
 
 
 def entry_point(command: Command) -> None:
-    assert command.text == "pip install -e ."
+    assert command.text == "pip install -e '.[workflow]'"
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {"picogpt": "picogpt.cli:main"}
 
 

@@ -172,7 +172,7 @@ def test_a_reference_number_is_shown_as_one(measured: Path, tmp_path: Path):
     with open(tmp_path / "summary.csv", newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["metric"] == "h100, top rung")
     assert (row["measured"], row["status"]) == ("12", "not measured here")
-    assert row["note"].startswith("needs H100; the number is a reference record of ")
+    assert row["note"].startswith("needs H100; the number comes from a reference record of ")
 
 
 def test_tracked_reference_records_are_whole():

@@ -88,7 +88,9 @@ def test_a_number_of_another_device_may_come_from_a_reference_record_of_it(publi
     there = record(1.5, device="a GPU")
     row = row_of(record(7.0), there)
     assert (row["measured"], row["device"], row["status"]) == (1.5, "a GPU", "not measured here")
-    assert row["note"] == "published for a GPU; this machine is d; the number is a reference record of 2026-02-03"
+    assert (
+        row["note"] == "published for a GPU; this machine is d; the number comes from a reference record of 2026-02-03"
+    )
     assert row_of(record(7.0), record(1.5, device="a third"))["measured"] is None
     assert row_of(there)["status"] == "differs"
 

@@ -481,16 +481,16 @@ def test_what_cannot_run_says_what_to_change(begun, cluster: Cluster, prepared: 
     processes = [unknown.start(target), unpaid.start(target), nobody.start(target, PATH=path)]
     status, out = processes[0].end()
     assert (status, "invalid partition specified: nowhere" in out) == (1, True), out
-    assert "slurm_partition in profiles/slurm/profile.yaml must be one of the cluster's: sinfo -s" in out
+    assert "set default-resources: slurm_partition in profiles/slurm/profile.yaml to one of those of sinfo -s" in out
     status, out = processes[1].end()
     assert (status, "partition billed takes no job without an account" in out) == (1, True), out
-    assert "slurm_account in profiles/slurm/profile.yaml says who pays: sacctmgr show" in out
+    assert "set default-resources: slurm_account in profiles/slurm/profile.yaml to one of those of sacctmgr show" in out
     status, out = processes[2].end()
     assert (status, "The given account nobody appears to be invalid" in out) == (1, True), out
-    assert "slurm_account in profiles/slurm/profile.yaml says who pays: sacctmgr show" in out
+    assert "set default-resources: slurm_account in profiles/slurm/profile.yaml to one of those of sacctmgr show" in out
     # The list of the profile is gone, and this machine would speak for the cluster.
     status, out = unknown.run(target, "--config", "size=cpu")
-    assert (status, "gpus: auto, ladder: hardware: auto would ask this machine" in out) == (1, True), out
+    assert (status, "gpus: auto, ladder: hardware: auto would describe this machine" in out) == (1, True), out
 
 
 def test_a_machine_that_is_not_what_its_name_says(cluster: Cluster, prepared: Path, tmp_path: Path):
@@ -512,7 +512,7 @@ def test_a_machine_that_is_not_what_its_name_says(cluster: Cluster, prepared: Pa
     assert "gpu_model in the profile asks for the right GPUs" in out
     assert "Requested node configuration is not available" in out  # three GPUs of a node with two
     assert "--gpus=h100:3" in out
-    assert "no node of the partition has so many GPUs" in out
+    assert "no node of the partition has the requested GPUs, cores or memory" in out
 
 
 @pytest.mark.parametrize(("wait", "status"), [(60, 0), (1, 1)])

@@ -42,7 +42,7 @@ def model_options(function: Function) -> Function:
             "--dtype",
             type=click.Choice(["float32", "bfloat16", "int8"]),
             default="float32",
-            help="Of the weights; int8 (8-bit weights with a scale a row) is for GPT-2 only.",
+            help="Of the weights; int8 (8-bit weights with a scale per row) is for GPT-2 only.",
         ),
     )
     for option in reversed(options):

@@ -34,8 +34,8 @@ Records = Mapping[str, dict[str, Any]]
 def published() -> pd.DataFrame:
     """The rows of `config/published.csv`, in order.
 
-    record, key: the kind of the record that measures a number, and its place in the results; of a list, with a point and
-        the index, as tokens_per_second.0.
+    record, key: the kind of the record that measures a number, and its key in the results; items of a list by index, for
+        example tokens_per_second.0.
     published, source: the published value, or NaN, and where it stands in the write-up.
     tolerance, better: the difference up to which a number counts as reproduced; lower or higher, where one is better.
     device: where it was measured, if that matters. depends_on_text: whether it can be compared on this text alone.
@@ -59,9 +59,7 @@ def published() -> pd.DataFrame:
                 f"{path}, line {row + 2}: {column} is {value!r}, not {' or '.join(sorted(allowed - {''}))}"
             )
     if (twice := rows.duplicated(["section", "metric"])).any():
-        raise PicogptError(
-            f"{path}, line {twice.idxmax() + 2}: the metric {rows.metric[twice.idxmax()]!r} is there twice"
-        )
+        raise PicogptError(f"{path}, line {twice.idxmax() + 2}: duplicate metric {rows.metric[twice.idxmax()]!r}")
     return rows
 
 
@@ -112,14 +110,14 @@ def read_records(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     for path in paths:
         record = records.read(path)
         if record["kind"] in by_kind:
-            raise PicogptError(f"{path} is a second record of {record['kind']}: give one of each")
+            raise PicogptError(f"{path} is a second record of {record['kind']}: pass only one of each kind")
         by_kind[record["kind"]] = record
     ladder.compare_with_baselines(by_kind)
     return by_kind
 
 
 def read_references(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Reference records by their kind: where several devices have one of a kind, the first whose file is named.
+    """Reference records by their kind: if several devices have a record of the same kind, the first in the order of `paths`.
 
     Raises PicogptError when one was edited or does not say what it was measured with.
     """
@@ -178,11 +176,11 @@ def _answer(row: dict[str, Any], record: dict[str, Any] | None) -> dict[str, Any
 
 
 def _not_here(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    """The answer for a number that this machine has not measured: that of a reference record, where it is for that one."""
+    """The answer for a number that was not measured here: from a reference record, if it is of the device in question."""
     answer = {"measured": None, "device": None, "status": "not measured here", "note": reason}
     number, device = row["measured_of_reference"], row["device_of_reference"]
     if number is not None and (row["needs"] or row["published_device"] == device):
-        note = f"{reason}; the number is a reference record of {row['date_of_reference']}"
+        note = f"{reason}; the number comes from a reference record of {row['date_of_reference']}"
         answer |= {"measured": number, "device": device, "note": note}
     return answer
 

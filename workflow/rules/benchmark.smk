@@ -110,7 +110,7 @@ rule bench_train:
     """
     One rung of the training ladder: a step of GPT-2 with every optimization up to this one, in a process of its own.
     Rungs run in order, each after the one before it: the speed of a machine drifts, and neighbours must be comparable.
-    On any other device than the hardware file names it is refused, so that no number is listed under a wrong name.
+    The command fails on any other device than the hardware file names, so that no number is listed under a wrong name.
     """
     input:
         rules.tokenize_gpt2.output,

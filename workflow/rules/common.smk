@@ -10,8 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 ROOT = Path(str(workflow.current_basedir)).parents[1]
 # Jobs use the commands beside this Python, also where its environment is not activated, and the config/ of this workflow.
-os.environ.update(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
-os.environ.update(PICOGPT_CONFIG=str(ROOT / "config"))
+os.environ.update(PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH')}", PICOGPT_CONFIG=str(ROOT / "config"))
 
 
 def ask_for_plan():
@@ -43,9 +42,10 @@ wildcard_constraints:
 
 
 def look_up(table, name, what):
-    """`table[name]`, or an error that says which names there are."""
-    if table.get(name) is None:
-        raise WorkflowError(f"there is no {what} called {name}: there are {', '.join(table)}")
+    """`table[name]`, or an error that lists the valid names."""
+    names = [key for key, value in table.items() if value is not None]
+    if name not in names:
+        raise WorkflowError(f"there is no {what} called {name}: there are {', '.join(names)}")
     return table[name]
 
 
@@ -64,12 +64,12 @@ MACHINE_RESOURCES = {key: lambda wildcards, key=key: machine(wildcards, "resourc
 
 
 def hub_status(wildcards):
-    """The file with the answers of the hub, as an input. Its age makes no difference, only what it says."""
+    """The file with the answers of the hub, as an input. Its age does not matter, only its content (see fetch_hub)."""
     return ancient(checkpoints.fetch_hub.get().output[0])
 
 
 def hub_answer(name):
-    """What the hub said of a file: here, refused or unreachable. One that nobody had to ask for is here."""
+    """The hub's answer about a file: here, refused or unreachable. A file that was not requested counts as here."""
     return json.loads(Path(hub_status(None)).read_text())["files"].get(name, {"state": "here"})["state"]
 
 

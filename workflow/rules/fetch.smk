@@ -1,5 +1,5 @@
-# in:  the network, once: all rules that use it are here, and they run where Snakemake runs
-# out: resources/: corpus.txt, gpt2.tiktoken; hub.json and fineweb-edu/SHARD.txt, which say what is in the hub client's cache
+# in:  the network; these are the only rules that use it, and they run where Snakemake runs
+# out: resources/: corpus.txt, gpt2.tiktoken; hub.json and fineweb-edu/SHARD.txt name files in the cache of the hub client
 
 
 localrules:
@@ -42,10 +42,10 @@ rule fetch_gpt2_ranks:
 
 checkpoint fetch_hub:
     """
-    Fetch OpenAI's weights into the cache of the hub's client, and note whether the hub gave them.
+    Fetch OpenAI's weights into the cache of the hub client, and the first shard of FineWeb-Edu for a long training.
 
-    Where it cannot be reached everything else is made, and the rows of the pretrained model say so. Every run asks again
-    until it answers. For a machine with a long training it is asked for the first shard of FineWeb-Edu, too.
+    If the hub cannot be reached, everything else is made without them. The plan then raises `attempt`, so that the next run
+    asks again; jobs that have the answer as a parameter (`on_hub`) run again only if it has changed.
     """
     output:
         update("resources/hub.json"),  # the old answer is kept until there is a new one

@@ -63,7 +63,8 @@ rule loss_curve:
 
 rule throughput:
     """
-    Draw the training ladder of a machine beside the published values. What is not measured here comes from the reference records, or is left out; the picture says which.
+    Draw the training ladder of a machine beside the published values. If none of it is measured here, the reference records
+    of that machine are drawn, and without these only the published values; the picture says which.
     """
     input:
         records=lambda wildcards: [path for path in RECORDS if f"/ladder/{wildcards.hardware}/" in path],

@@ -5,8 +5,8 @@ from filelock import FileLock, Timeout
 
 
 def check_start():
-    """Refuse a second pipeline in this folder, timings side by side, and settings that only another machine knows."""
-    global pipeline_lock  # Snakemake's own lock would outlive a killed pipeline; this one does not
+    """Stop if another pipeline runs here, if timed jobs could overlap, or if `auto` would describe the wrong machine."""
+    global pipeline_lock  # not Snakemake's own lock, which a killed pipeline leaves behind
     pipeline_lock = FileLock(".snakemake/pipeline.lock")
     try:
         pipeline_lock.acquire(timeout=0)
@@ -14,14 +14,13 @@ def check_start():
         raise WorkflowError("another pipeline is running in this folder: wait for it to end")
     if workflow.local_exec and "machine" not in workflow.global_resources:
         raise WorkflowError(
-            "no profile limits the resource `machine`, so jobs that measure time would run side by side: leave out"
-            " --workflow-profile none, or pass --resources machine=100 --default-resources machine=1"
+            "no profile limits the resource `machine`, so timed jobs would overlap: leave out --workflow-profile none,"
+            " or pass --resources machine=100 --default-resources machine=1"
         )
     if PLAN["detected"] and not workflow.local_exec:
         raise WorkflowError(
-            f"{', '.join(f'{key}: auto' for key in PLAN['detected'])} would ask this machine, and the jobs run on others."
-            " profiles/slurm/profile.yaml sets them under config; --config on the command line replaces that list, so"
-            " repeat it there"
+            f"{', '.join(f'{key}: auto' for key in PLAN['detected'])} would describe this machine, but jobs run on others:"
+            " set them under config in the profile; --config replaces that whole section, so pass all of its keys"
         )
 
 

@@ -9,7 +9,7 @@ SHARDS = [f"{number:05}" for number in range(config["fineweb"]["shards"])]
 
 rule tokenize_char:
     """
-    One token a character. The first 90% of the text are for training; on the rest the validation loss is measured. The
+    One token per character. The first 90% of the text are for training; on the rest the validation loss is measured. The
     vocabulary comes from the training part alone.
     """
     input:

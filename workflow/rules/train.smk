@@ -1,8 +1,8 @@
 # in:  token files
 # out: weights/MODEL/RUN/, weights/gpt2/RUN/CORPUS/, weights/gpt2/RUN/fineweb-edu_MACHINE/: best.pt, metrics.jsonl, record.json
 #
-# A training keeps its checkpoints in the folder checkpoints/ there. They are no declared outputs, because Snakemake deletes
-# the outputs of a failed job: a job that was killed continues from its last checkpoint.
+# A training keeps its checkpoints in the folder checkpoints/ there. They are not declared as outputs, because Snakemake
+# deletes the outputs of a failed job: a job that was killed continues from its last checkpoint.
 
 # SLURM sends SIGTERM to every process of a job. The trainer saves and ends; the shell and tee must outlive it.
 WAIT_FOR_TRAINER = "trap '' TERM; "
@@ -69,7 +69,7 @@ rule train_gpt2:
 rule train_fineweb:
     """
     The distributed run of the write-up: GPT-2 on all devices of a machine, each rank with its share of every batch.
-    On any other machine it is refused. A run that was killed continues, on the same number of ranks.
+    On any other device the command fails. A run that was killed continues.
     """
     input:
         rules.fineweb_manifest.output,
