@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 FINEWEB = "fineweb-edu"
 
+val_fraction_option = click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.1,
+    help="Share of the text, at its end, for validation.",
+)
+
 
 @click.command()
 @click.argument("names", nargs=-1)
@@ -153,12 +160,7 @@ def tokenize() -> None:
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text. [default: the first corpus in resources/]")
 @click.option("--run", help=RUN_PATTERN)
 @click.option("--corpus", help="Name of the text in all results. [default: its registered name, or the file name]")
-@click.option(
-    "--val-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
-    help="Share of the text, at its end, for validation.",
-)
+@val_fraction_option
 @click.option(
     "--drop-unseen",
     is_flag=True,
@@ -188,12 +190,7 @@ def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: f
 )
 @click.option("--run", help=RUN_PATTERN)
 @click.option("--corpus", help="Name of the text in all results. [default: its registered name, or the file name]")
-@click.option(
-    "--val-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
-    help="Share of the text, at its end, for validation.",
-)
+@val_fraction_option
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
 def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fraction: float, threads: int) -> None:
     """GPT-2's byte-pair encoding, 50,257 tokens. Writes train.bin and val.bin to weights/gpt2_tokenizer/RUN/.
