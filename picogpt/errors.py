@@ -20,15 +20,15 @@ class UsageError(PicogptError):
 
 
 class Unreachable(PicogptError):
-    """No source of an asset answered; another asset may still be had."""
+    """No source of a file answered; a different file may still be available."""
 
 
 class Refused(Unreachable):
-    """A source answered that it does not give the asset, and would answer so again."""
+    """A source refused a file, and would refuse it again."""
 
 
 class Interrupted(PicogptError):
-    """A signal asked for a stop and everything needed to go on has been saved."""
+    """A signal stopped the training, and everything needed to continue has been saved."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
@@ -36,33 +36,33 @@ class Interrupted(PicogptError):
 
 
 def innermost(error: BaseException) -> str:
-    """The last cause in a chain of library errors: the one a person understands."""
+    """The root cause in a chain of library errors, which is the most readable one."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return str(error) or type(error).__name__
 
 
 def first_to_fail() -> bool:
-    """Whether this process shall say why it ends. Of the ranks of one torchrun the first to fail knows the cause."""
+    """True on the rank of a job that failed first, which prints the error; the others fail because of it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     try:
         failure_mark().touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # nowhere to leave a mark: better twice than not at all
+    except OSError:  # no mark can be written: printing twice is better than not at all
         return True
     return True
 
 
 def failure_mark() -> Path:
-    """The file that the first of the failing ranks leaves: one for each start by one torchrun, their parent."""
+    """The file that marks that a rank has failed; one for each start of the ranks by their parent, torchrun."""
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Path(tempfile.gettempdir()) / f"picogpt-failed-{launcher()}-{start}"
 
 
 def launcher() -> str:
-    """The process that started this one, told from one that had its number before: number and time of its start."""
+    """Identifies the parent process by its number and start time, as numbers are reused."""
     parent = os.getppid()
     try:
         born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
@@ -72,7 +72,7 @@ def launcher() -> str:
 
 
 def is_compile_error(error: BaseException) -> bool:
-    """Whether torch.compile failed, as where no working C++ compiler is, and not what it compiled."""
+    """Whether torch.compile itself failed, for example without a working C++ compiler, and not the compiled code."""
     return type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
 
 

@@ -18,7 +18,7 @@ from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer, byte_characters
 from picogpt.errors import PicogptError
 from picogpt.hub import FILE
 from picogpt.models.gpt2 import GPT2
-from picogpt.models.pretrained import TURNED
+from picogpt.models.pretrained import TRANSPOSED
 
 
 def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
@@ -30,7 +30,7 @@ def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
         raise PicogptError(f"{folder} exists already: remove it, or choose another --out")
     state = {}
     for name, tensor in model.state_dict().items():
-        turned = name.endswith(TURNED)
+        turned = name.endswith(TRANSPOSED)
         state[f"transformer.{name}"] = (tensor.float().T if turned else tensor.float()).contiguous().cpu()
     temporary = None
     try:

@@ -79,7 +79,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 @contextmanager
-def locked(folder: str | Path, what: str, name: str = ".lock") -> Iterator[None]:
+def exclusive_lock(folder: str | Path, what: str, name: str = ".lock") -> Iterator[None]:
     """Hold `folder` for this process, or with another `name` of the lock a part of it; `what` is told in the error.
 
     The lock belongs to the process, so a killed one leaves nothing to clean up.

@@ -1,11 +1,10 @@
-"""Decoding: one token after another from any model, for one prompt or many, with a cache or without.
+"""Sampling from any model, one token after another, for one prompt or many, with a KV cache or without.
 
-The context of a token never exceeds the model's block size. When it is full, decoding goes on from the last
-half block: the context is read in again and grows anew. This depends on the position alone, so that decoding
-with a cache and without give the same tokens.
+The context never exceeds the model's block size. When it is full, it is cut to its last half block, which is processed
+again as a prompt. Where it is cut depends on the position alone, so sampling with and without a cache give the same tokens.
 
-Chance, too, is settled beforehand: text number i draws its numbers from seed + i, one for each token, whatever
-else is sampled beside it and wherever.
+Randomness is fixed in advance: sample i uses seed + i, one number for each token, independent of the other samples in the
+batch and of the device.
 """
 
 from __future__ import annotations
@@ -62,9 +61,9 @@ def generate(
 ) -> torch.Tensor:
     """Continue each of `prompts`, int64 ids of any length (T,), by `count` tokens; returns the new ones, (B, count).
 
-    The same seed gives the same tokens, with a cache and without, and a prompt the same ones beside others as alone:
-    in float32. In bfloat16 and int8 the kernels for one row and for many round differently, and texts part some day.
-    `on_token` gets each column (B,) as it is made; once it returns True no more are made.
+    In float32 the same seed gives the same tokens with and without a cache, and in a batch as alone. In bfloat16 and int8
+    kernels depend on the batch size, so sequences eventually diverge. `on_token` is called with each column of new
+    tokens (B,); sampling stops when it returns True.
 
     Raises UsageError when `count` is below 1 or a prompt is empty.
     """
@@ -74,16 +73,16 @@ def generate(
         raise UsageError("the prompt is empty: give at least one character")
     lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
     longest, block_size = max(lengths), model.config.block_size
-    # Prompts end in the same column; a shorter one begins further to the right.
+    # Left padding: all prompts end in the same column.
     indents = [longest - length for length in lengths]
     tokens = torch.zeros(len(prompts), longest + count, dtype=torch.int64, device=device)
     for row, indent, prompt in zip(tokens, indents, prompts, strict=True):
         row[indent:longest] = prompt
-    chances = torch.stack(
+    uniform = torch.stack(
         [torch.rand(count, generator=_generator(seed + row), dtype=torch.float64) for row in range(len(prompts))]
     )
-    if device.type != "mps":  # which has no float64: there tokens are drawn on the CPU
-        chances = chances.to(device)  # (B, count)
+    if device.type != "mps":  # which has no float64, so tokens are chosen on the CPU
+        uniform = uniform.to(device)  # (B, count)
     decoder = _Decoder(model, len(prompts), decoding, ragged=len(set(lengths)) > 1) if cached else None
     starts: list[int] = []
     for made in range(count):
@@ -93,22 +92,22 @@ def generate(
             for indent, length in zip(indents, lengths, strict=True)
         ]  # fmt: skip
         if decoder is None:
-            # What decoding means: each text by itself, its whole context anew.
+            # The reference: each sequence alone, its whole context computed again for every token.
             logits = torch.cat(
                 [model(row[None, start:column])[:, -1] for row, start in zip(tokens, starts, strict=True)]
             )
-            tokens[:, column] = choose(logits, decoding, chances[:, made])
+            tokens[:, column] = choose(logits, decoding, uniform[:, made])
         elif starts != before:
-            tokens[:, column] = decoder.read(tokens[:, min(starts) : column], starts, chances[:, made])
+            tokens[:, column] = decoder.read(tokens[:, min(starts) : column], starts, uniform[:, made])
         else:
-            tokens[:, column] = decoder.next(tokens[:, column - 1 : column], chances[:, made])
+            tokens[:, column] = decoder.next(tokens[:, column - 1 : column], uniform[:, made])
         if on_token(tokens[:, column]):
             return tokens[:, longest : column + 1]
     return tokens[:, longest:]
 
 
 class _Decoder:
-    """The model with its cache: `read` takes contexts, `next` the newest token. On a GPU `next` is one CUDA graph."""
+    """The model with its KV cache: `read` is the prefill, `next` decodes one token, on a GPU as one CUDA graph."""
 
     def __init__(self, model: LanguageModel, batch_size: int, decoding: Decoding, ragged: bool):
         self.model, self.decoding, self.ragged = model, decoding, ragged
@@ -117,81 +116,82 @@ class _Decoder:
         self.cache: KVCache | None = model.new_cache(batch_size, padding, fixed=self.device.type == "cuda")
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def read(self, contexts: torch.Tensor, starts: Sequence[int], chances: torch.Tensor) -> torch.Tensor:
-        """Read contexts (B, T), of which row b begins at column starts[b] - min(starts); return the tokens after them."""
+    def read(self, contexts: torch.Tensor, starts: Sequence[int], uniform: torch.Tensor) -> torch.Tensor:
+        """Prefill with contexts (B, T), where row b begins at column starts[b] - min(starts); return the next tokens."""
         if self.cache is not None:
             self.cache.restart([start - min(starts) for start in starts] if self.ragged else None)
-        return self._step(contexts, chances)
+        return self._step(contexts, uniform)
 
-    def next(self, newest: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    def next(self, newest: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """The tokens after `newest` (B, 1)."""
         if self.device.type != "cuda" or self.cache is None:
-            return self._step(newest, chances)
+            return self._step(newest, uniform)
         if self.graph is None:
-            self._capture(newest, chances)
+            self._capture(newest, uniform)
         self.newest.copy_(newest)
-        self.chances.copy_(chances)
+        self.uniform.copy_(uniform)
         self.graph.replay()  # type: ignore[union-attr]
         self.cache.length += 1
         return self.chosen
 
-    def _step(self, tokens: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-        return choose(self.model(tokens, cache=self.cache)[:, -1], self.decoding, chances)
+    def _step(self, tokens: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        return choose(self.model(tokens, cache=self.cache)[:, -1], self.decoding, uniform)
 
-    def _capture(self, newest: torch.Tensor, chances: torch.Tensor) -> None:
-        """Record one step as a graph: hundreds of small kernels, launched at once from then on."""
+    def _capture(self, newest: torch.Tensor, uniform: torch.Tensor) -> None:
+        """Capture one step as a CUDA graph, which launches its hundreds of small kernels at once."""
         cache = self.cache
         assert cache is not None
-        self.newest, self.chances = newest.clone(), chances.clone()
+        self.newest, self.uniform = newest.clone(), uniform.clone()
         length, last = cache.length, cache.last.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up at their first calls
+        with torch.cuda.stream(side):  # warm-up: libraries allocate their workspaces at the first calls
             for _ in range(3):
-                self._step(self.newest, self.chances)
+                self._step(self.newest, self.uniform)
                 cache.rewind(length)
                 cache.last.copy_(last)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.chosen = self._step(self.newest, self.chances)
+            self.chosen = self._step(self.newest, self.uniform)
         cache.rewind(length)
         cache.last.copy_(last)
 
 
 def context_start(position: int, prompt_length: int, block_size: int) -> int:
-    """First position that the prediction of `position` sees; it moves on by half a block whenever the block is full."""
-    hop = max(1, block_size // 2)
-    # A long prompt keeps its last block; without a step back, the first context would be cut at once.
+    """First position in the context of `position`; it advances by half a block whenever the context is full."""
+    stride = max(1, block_size // 2)
+    # Of a prompt longer than a block, the last block is kept; otherwise its first context would be cut at once.
     first = max(0, prompt_length - block_size)
-    return first + max(0, -(-(position - first - block_size) // hop)) * hop
+    return first + max(0, -(-(position - first - block_size) // stride)) * stride
 
 
-def choose(logits: torch.Tensor, decoding: Decoding, chances: torch.Tensor) -> torch.Tensor:
-    """One token a row from logits (B, V) by numbers in [0, 1), chances (B,) of float64; returns ids (B,).
+def choose(logits: torch.Tensor, decoding: Decoding, uniform: torch.Tensor) -> torch.Tensor:
+    """One token per row from logits (B, V) by uniform numbers in [0, 1), float64 (B,); returns ids (B,).
 
-    The token is where the cumulative probability passes the row's number: no look from the host, nothing random.
+    Inverse transform sampling: the token at which the cumulative probability exceeds the row's number. It needs no random
+    state and no synchronization with the host.
     """
     if decoding.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.to(chances.device).double()
-    logits = (logits - logits.amax(-1, keepdim=True)) / decoding.temperature  # at most 0: nothing overflows
+    logits = logits.to(uniform.device).double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / decoding.temperature  # at most 0, so exp cannot overflow
     if decoding.top_k is not None and decoding.top_k < logits.size(-1):
         lowest = logits.topk(decoding.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
     if decoding.top_p is not None:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all that is more likely
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # total probability of the more likely tokens
         beyond = before >= decoding.top_p
         dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)
         logits = logits.masked_fill(dropped, -torch.inf)
     reached = logits.exp_().cumsum(-1)  # (B, V)
-    passed = torch.searchsorted(reached, chances[:, None] * reached[:, -1:], right=True)[:, 0]
+    passed = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
     return passed.clamp(max=logits.size(-1) - 1)
 
 
 class TextStream:
-    """Tokens in, text out as soon as it is certain: whole characters, and nothing that may turn out to be a stop."""
+    """Turns tokens into text incrementally: complete UTF-8 characters, and never a part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), at_end_of_text: bool = True):
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
@@ -202,7 +202,7 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """The text that is certain once `token` is known; nothing any more after a stop."""
+        """The text that `token` completes; empty after a stop."""
         if self.ended:
             return ""
         self.tokens += 1
@@ -211,7 +211,7 @@ class TextStream:
         return self._certain(self._decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def close(self) -> str:
-        """What was held back, as no more tokens come."""
+        """The rest of the text, when no more tokens follow."""
         if self.ended:
             return ""
         text = self._certain(self._decoder.decode(b"", final=True))
@@ -225,7 +225,7 @@ class TextStream:
         if places:
             self.ended = True
             return self._held[: min(places)]
-        # The end may be the beginning of a stop.
+        # Hold back an end that may be the beginning of a stop string.
         longest = max(map(len, self.stops), default=0)
         first = max(0, len(self._held) - longest + 1) if longest else len(self._held)
         for start in range(first, len(self._held)):
@@ -245,9 +245,9 @@ class Sample:
 
 
 def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32", decoding: bool = True) -> LanguageModel:
-    """Put a model where and in what it shall decode: float32, bfloat16, or int8 (weights alone, GPT-2 alone).
+    """Move a model to a device and dtype for sampling: float32, bfloat16, or int8 (weights only, GPT-2 only).
 
-    With `decoding` false, for evaluation, the matrices of float32 and bfloat16 stay as they are.
+    With `decoding` false, for evaluation, float32 and bfloat16 matrices keep torch's layout.
 
     Raises UsageError when the device is not here or the model has no int8.
     """
@@ -280,9 +280,9 @@ def sample_texts(
     cached: bool = True,
     on_text: Callable[[str], None] | None = None,
 ) -> tuple[list[Sample], float]:
-    """Continue each prompt, ids from `read_prompt`, by `count` tokens, or up to a stop.
+    """Continue each prompt, ids from `read_prompt`, by `count` tokens, or up to a stop string.
 
-    Returns the samples and the seconds they took. `on_text` gets the text of the first prompt as it is made.
+    Returns the samples and the seconds they took. `on_text` is called with the text of the first sample as it grows.
     """
     device = next(model.parameters()).device
     ids = [torch.from_numpy(prompt).to(device) for prompt in prompts]
@@ -312,9 +312,9 @@ def sample_texts(
 
 
 def read_prompt(tokenizer: Tokenizer, prompt: str, block_size: int, truncate: bool = False) -> np.ndarray:
-    """Ids of a prompt, int64, shape (T,); of one longer than the context, with `truncate`, the end.
+    """Ids of a prompt, int64, shape (T,); with `truncate` only its end, if it is longer than the context.
 
-    Raises UsageError when the prompt is empty, has what the tokenizer lacks, or more tokens than the context holds.
+    Raises UsageError when the prompt is empty, has characters that the tokenizer lacks, or exceeds the context.
     """
     ids = tokenizer.encode(prompt).astype(np.int64)
     if len(ids) == 0:
@@ -332,7 +332,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def first_prompt(tokenizer: Tokenizer, documents: bool) -> str:
-    """What a text without a prompt begins from: the end of the document before it, or a line break."""
+    """The prompt of a sample without one: the end of a document, or a line break."""
     if documents and tokenizer.end_of_text is not None:
         return tokenizer.decode([tokenizer.end_of_text])
     try:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from picogpt import cli
 from picogpt.config import Experiment
 from picogpt.data.corpus import open_data
-from picogpt.train.distributed import joined
+from picogpt.train.distributed import init_distributed
 from picogpt.train.loop import Trainer
 
 
@@ -29,7 +29,7 @@ def train(folder: str, tokens: str, settings: str, misfortune: str) -> None:
     kind, _, number = misfortune.partition(":")
     runtime = {**SMALL_RUNTIME, "compile": "auto" if kind == "compile" else "off"}
     experiment = Experiment.model_validate({**json.loads(settings), "runtime": runtime})
-    with joined("cpu") as world:
+    with init_distributed("cpu") as world:
         trainer = Trainer(experiment, open_data(tokens), folder, world)
         step, exchanges = trainer._step, []
 
@@ -59,7 +59,7 @@ def train(folder: str, tokens: str, settings: str, misfortune: str) -> None:
 
         trainer._step = unlucky  # type: ignore[method-assign]
         trainer.run()
-        if kind == "count" and world.first:
+        if kind == "count" and world.is_main:
             Path(folder, "exchanges").write_text(str(len(exchanges)))
         # A wrapper that outlived the run would take the process group with it, and with that now and then this rank.
         assert not any(type(each) is DistributedDataParallel for each in gc.get_objects())

@@ -152,10 +152,10 @@ def test_a_full_disk_ends_a_training_with_a_message_and_keeps_the_last_good_chec
 
 
 def test_a_second_training_in_the_same_folder_is_refused(picogpt, corpus: Path, tmp_path: Path):
-    from picogpt.files import locked
+    from picogpt.files import exclusive_lock
 
     tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
-    with locked(tmp_path / "weights/char_bigram/a", "training"):
+    with exclusive_lock(tmp_path / "weights/char_bigram/a", "training"):
         run = picogpt(*train_command("--steps", "5")[3:])
     assert (run.status, run.out) == (1, "")
     assert "another process is training in weights/char_bigram/a" in run.err

@@ -18,7 +18,7 @@ from picogpt.config import Experiment
 from picogpt.data.tokens import TokenData
 from picogpt.errors import UsageError
 from picogpt.train import checkpoint
-from picogpt.train.distributed import World, joined
+from picogpt.train.distributed import World, init_distributed
 from picogpt.train.loop import micro_batch_size, tokens_at_once
 
 TESTS = Path(__file__).resolve().parent
@@ -217,11 +217,11 @@ def test_a_micro_batch_that_does_not_divide_says_what_would():
 
 
 def test_a_process_alone_is_a_world_of_one():
-    with joined("cpu") as world:
+    with init_distributed("cpu") as world:
         assert world == World()
-        assert world.first
-        assert (world.sum(2.5), world.largest(3)) == (2.5, 3)
-        assert world.from_first(lambda: "x") == "x"
+        assert world.is_main
+        assert (world.sum(2.5), world.all_reduce_max(3)) == (2.5, 3)
+        assert world.broadcast_from_main(lambda: "x") == "x"
 
 
 def test_the_command_line_under_torchrun(picogpt, tmp_path: Path, corpus: Path, tokens: TokenData):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from picogpt.errors import PicogptError
-from picogpt.files import atomic_write, locked, read_text, write_text
+from picogpt.files import atomic_write, exclusive_lock, read_text, write_text
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path):
@@ -55,9 +55,11 @@ def test_text_is_utf8_with_unix_line_ends(tmp_path: Path):
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path):
-    script = f"from picogpt.files import locked\nwith locked({str(tmp_path)!r}, 'training'): print('got it')"
+    script = (
+        f"from picogpt.files import exclusive_lock\nwith exclusive_lock({str(tmp_path)!r}, 'training'): print('got it')"
+    )
     command = [sys.executable, "-c", script]
-    with locked(tmp_path, "training"):
+    with exclusive_lock(tmp_path, "training"):
         refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert f"another process is training in {tmp_path}" in refused.stderr
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "got it\n"

@@ -550,7 +550,7 @@ def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
     assert done.returncode == 0, done.stderr
     data = open_data((folder / manifest).parent)
     assert data.val.header.documents == HELD_OUT
-    assert isinstance(data.train.ids, shards.Joined)
+    assert isinstance(data.train.ids, shards.ShardedTokens)
     again = snakemake("-n", manifest)
     assert "Nothing to be done" in again.stdout + again.stderr
     # The distributed run of the write-up, on a machine of two CPUs.

@@ -12,7 +12,7 @@ from picogpt.hub import registry
 from picogpt.models import attention
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.loss import linear_cross_entropy
-from picogpt.models.pretrained import TURNED, VOCAB_SIZE
+from picogpt.models.pretrained import TRANSPOSED, VOCAB_SIZE
 from picogpt.sample import Decoding, generate
 
 transformers = pytest.importorskip("transformers")
@@ -43,7 +43,7 @@ def pair(config: GPT2Config, vocab_size: int) -> tuple[GPT2, torch.nn.Module]:
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     theirs = reference(config, vocab_size)
-    state = {f"transformer.{n}": t.T if n.endswith(TURNED) else t for n, t in ours.state_dict().items()}
+    state = {f"transformer.{n}": t.T if n.endswith(TRANSPOSED) else t for n, t in ours.state_dict().items()}
     missing = theirs.load_state_dict(state, strict=False)
     assert missing.missing_keys == ["lm_head.weight"]  # tied
     assert not missing.unexpected_keys
@@ -66,7 +66,7 @@ def test_logits_loss_and_gradients_equal_the_reference_at_every_size(name: str):
     expected.backward()
     theirs_by_name = {n.removeprefix("transformer."): p.grad for n, p in theirs.named_parameters()}
     for n, parameter in ours.named_parameters():
-        expected_grad = theirs_by_name[n].T if n.endswith(TURNED) else theirs_by_name[n]
+        expected_grad = theirs_by_name[n].T if n.endswith(TRANSPOSED) else theirs_by_name[n]
         assert (parameter.grad - expected_grad).abs().max() < 1e-5, n
 
 
@@ -151,7 +151,7 @@ def test_attention_in_blocks_in_bfloat16_is_as_exact_as_attention_written_out():
     q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     rounded = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    y = attention.attend(*rounded)
+    y = attention.causal_attention(*rounded)
     assert y.grad_fn.name() == "BlockedAttentionBackward"
     assert (y.float() - exact).abs().max() < 0.02 * exact.abs().max()
 

@@ -93,7 +93,7 @@ def test_a_record_has_every_step_and_what_ran(climbed: dict[str, dict], tmp_path
         "bfloat16": False, "tf32": False, "compile": None, "attention": "attention_written_out", "loss": "plain_loss",
         "optimizer": "AdamW", "best_backend": False, "kept_memory": False,
     }  # fmt: skip
-    assert climbed["kept_memory"]["setup"]["attention"] == "attend"
+    assert climbed["kept_memory"]["setup"]["attention"] == "causal_attention"
 
 
 def test_attention_and_losses_of_the_ladder_are_those_of_the_model():
@@ -106,7 +106,7 @@ def test_attention_and_losses_of_the_ladder_are_those_of_the_model():
         for attention in (ladder.attention_written_out, ladder.flash_attention):
             model.loss = loss
             for block in model.h:
-                block.attn.attend = attention  # type: ignore[union-attr, assignment]
+                block.attn.attention = attention  # type: ignore[union-attr, assignment]
             assert model(idx, idx).item() == pytest.approx(expected.item(), abs=1e-5)
 
 

@@ -24,7 +24,7 @@ from picogpt.errors import PicogptError, Refused, Unreachable, UsageError
 from picogpt.export import export_folder
 from picogpt.models import pretrained
 from picogpt.models.gpt2 import GPT2
-from picogpt.models.pretrained import TURNED, load_safetensors
+from picogpt.models.pretrained import TRANSPOSED, load_safetensors
 
 CONFIG = GPT2Config(kind="gpt2", n_layer=2, n_head=2, n_embd=8)
 REVISION = "0123456789" * 4
@@ -38,7 +38,7 @@ def small() -> GPT2:
 
 def openai_names(model: GPT2) -> dict[str, torch.Tensor]:
     """The tensors as OpenAI's files have them, constants of old ones included."""
-    state = {n: (t.T if n.endswith(TURNED) else t).contiguous() for n, t in model.state_dict().items()}
+    state = {n: (t.T if n.endswith(TRANSPOSED) else t).contiguous() for n, t in model.state_dict().items()}
     for layer in range(CONFIG.n_layer):
         state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 4, 4)
     return state

@@ -96,8 +96,8 @@ def test_temperature_zero_takes_the_most_likely():
 def drawn(decoding: Decoding, probabilities: list[float], draws: int = 4000) -> list[float]:
     """Frequencies of what is chosen."""
     logits = torch.tensor([probabilities]).log().repeat(draws, 1)
-    chances = torch.rand(draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ids = choose(logits, decoding, chances)
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ids = choose(logits, decoding, uniform)
     return [(ids == index).float().mean().item() for index in range(len(probabilities))]
 
 
@@ -121,8 +121,8 @@ def test_tokens_are_drawn_from_the_filtered_probabilities(decoding: Decoding, ex
 
 def test_the_ends_of_the_range_never_give_what_is_impossible():
     logits = torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0]]).log().repeat(2, 1)
-    chances = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert choose(logits, Decoding(), chances).tolist() == [1, 3]
+    uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert choose(logits, Decoding(), uniform).tolist() == [1, 3]
 
 
 class Bytes:

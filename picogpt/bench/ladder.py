@@ -25,7 +25,7 @@ from picogpt.config import GPT2Config, MachineConfig, TrainConfig
 from picogpt.data.sampler import Sampler
 from picogpt.data.tokens import TokenData
 from picogpt.errors import PicogptError, is_compile_error, is_out_of_memory
-from picogpt.models.attention import attend
+from picogpt.models.attention import causal_attention
 from picogpt.models.gpt2 import GPT2, Attention
 from picogpt.models.loss import COLUMNS, linear_cross_entropy
 from picogpt.progress import counting
@@ -88,7 +88,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "padded_vocab": {"loss": padded_loss},
     "fused_adamw": {"fused_optimizer": True},
     "fused_loss": {"loss": linear_cross_entropy},
-    "best_attention": {"best_backend": True, "attention": attend},
+    "best_attention": {"best_backend": True, "attention": causal_attention},
     "kept_memory": {"kept_memory": True},
     "cuda_graphs": {"compile": "reduce-overhead"},
     "max_autotune": {"compile": "max-autotune"},
@@ -143,13 +143,14 @@ class Rung:
         assert isinstance(model, GPT2)
         model.loss = setup.loss
         attention = setup.attention
-        if setup.compile and attention is attend and device.kind == "cpu" and setup.bfloat16:
-            attention = torch.compiler.disable(attend)  # inside a graph it would be torch's own kernel, as in float32
-            # Otherwise every layer, by its number, would be a program of its own, and of those after the eighth none is made.
+        if setup.compile and attention is causal_attention and device.kind == "cpu" and setup.bfloat16:
+            # Blocked attention stays outside of the graph: inside it torch's own kernel is used, as in float32.
+            attention = torch.compiler.disable(causal_attention)
+            # Otherwise the index of each layer makes it a variant of its own, and torch compiles at most eight variants.
             torch._dynamo.config.allow_unspec_int_on_nn_module = True
         for module in model.modules():
             if isinstance(module, Attention):
-                module.attend = attention
+                module.attention = attention
         if setup.fused_optimizer:
             self.optimizer: Any = Optimizer(model, TRAIN, total_steps=1)
         else:
@@ -368,7 +369,7 @@ def _require_memory(climber: Rung, machine: MachineConfig, world: World) -> floa
         if not is_out_of_memory(error):
             raise
         failed = error
-    if world.largest(float(failed is not None)):
+    if world.all_reduce_max(float(failed is not None)):
         raise failed or MemoryError("not enough memory on another rank")
     _synchronize(climber.device)
     return time.perf_counter() - began

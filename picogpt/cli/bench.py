@@ -14,7 +14,7 @@ from picogpt.cli.common import (
     load_model,
     model_options,
     optional_option,
-    or_noted,
+    record_if_unavailable,
     require_fitting,
     token_folder,
 )
@@ -54,7 +54,7 @@ def sample(
     """
     from picogpt import records
 
-    with or_noted(f"sampling {kind} {dtype}", out if optional else None):
+    with record_if_unavailable(f"sampling {kind} {dtype}", out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
     from picogpt.bench import sampling
     from picogpt.sample import first_prompt
@@ -103,13 +103,13 @@ def train(
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would write lines of its own among ours
     from picogpt.bench import ladder
     from picogpt.data.corpus import open_data
-    from picogpt.train.distributed import joined
+    from picogpt.train.distributed import init_distributed
 
     tokens = open_data(data or token_folder("gpt2"))
     require_fitting("gpt2", tokens)
-    with joined(machine.kind) as world:
+    with init_distributed(machine.kind) as world:
         record = ladder.measure(machines.name_of(name), machine, rung, experiment.model, tokens, world)
-    if not world.first:
+    if not world.is_main:
         return
     if out:
         records.write(out, record)

@@ -156,7 +156,7 @@ def _char_tokenizer(folder: Path | None, sha256: str, checkpoint: Path) -> Token
 
 
 @contextmanager
-def or_noted(measurement: str, out: Path | None) -> Iterator[None]:
+def record_if_unavailable(measurement: str, out: Path | None) -> Iterator[None]:
     """Where the hub cannot be reached: end well, with a record in `out` that says so; without `out`, fail."""
     try:
         yield

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from picogpt.cli.common import KINDS, PRETRAINED, load_model, model_options, optional_option, or_noted, token_folder
+from picogpt.cli.common import (
+    KINDS,
+    PRETRAINED,
+    load_model,
+    model_options,
+    optional_option,
+    record_if_unavailable,
+    token_folder,
+)
 from picogpt.errors import PicogptError, UsageError
 
 
@@ -163,7 +171,7 @@ def evaluate(
     from picogpt.data.corpus import open_data
 
     token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
-    with or_noted(f"evaluate {kind} {dtype}", out if optional else None):
+    with record_if_unavailable(f"evaluate {kind} {dtype}", out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
     from picogpt.bench import quality
 

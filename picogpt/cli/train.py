@@ -105,7 +105,7 @@ def train(
         raise UsageError("give --run or --folder, not both")
     from picogpt.config import load_experiment, model_file
     from picogpt.data.corpus import open_data
-    from picogpt.train.distributed import joined
+    from picogpt.train.distributed import init_distributed
 
     short = {"train.seed": seed, "train.steps": steps, "train.init": init, "runtime.device": device}
     overrides += tuple(f"{key}={value}" for key, value in short.items() if value is not None)
@@ -129,8 +129,8 @@ def train(
 
     from picogpt.train.loop import Trainer
 
-    with joined(experiment.runtime.device) as world:
-        place = folder or world.from_first(lambda: _folder(kind, run, token_data.train.header.corpus))
+    with init_distributed(experiment.runtime.device) as world:
+        place = folder or world.broadcast_from_main(lambda: _folder(kind, run, token_data.train.header.corpus))
         trainer = Trainer(experiment, token_data, place, world, machines.name_of(hardware) if hardware else None)
         if hardware and machine:
             machines.require(hardware, machine, trainer.device, world.size)
@@ -140,7 +140,7 @@ def train(
             named = run or folder
             again = "" if named else f" with --run {place.relative_to(WEIGHTS).parts[1]}"
             raise Interrupted(stop.exit_status - 128, f"{stop}: the same command{again} continues from there") from None
-    if not world.first:
+    if not world.is_main:
         return
     if not trainer.progress.sessions:
         click.echo(f"{place} is finished already; nothing was trained", err=True)

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from picogpt.config import Settings, config_folder, parse, read_yaml
 from picogpt.errors import PicogptError, Unreachable, UsageError, innermost
-from picogpt.files import locked, sha256_file
+from picogpt.files import exclusive_lock, sha256_file
 from picogpt.progress import transfer
 
 MIRROR_VARIABLE = "PICOGPT_MIRROR"
@@ -86,7 +86,7 @@ def fetch(name: str, folder: str | Path) -> Path:
     target = Path(folder) / asset.file
     if is_whole(target, asset):
         return target
-    with locked(target.parent, f"fetching {name}", f".{target.name}.lock"):
+    with exclusive_lock(target.parent, f"fetching {name}", f".{target.name}.lock"):
         if asset.archive is None:
             _obtain(asset, target, lambda: asset.addresses)
         else:

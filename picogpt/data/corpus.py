@@ -14,7 +14,7 @@ from picogpt.data.shards import MANIFEST, open_shards
 from picogpt.data.tokenizers import CharTokenizer, Tokenizer
 from picogpt.data.tokens import SPLITS, VERSION, Header, TokenData, open_tokens, write_tokens
 from picogpt.errors import PicogptError
-from picogpt.files import locked, read_text, sha256_file
+from picogpt.files import exclusive_lock, read_text, sha256_file
 
 
 def open_data(folder: str | Path) -> TokenData:
@@ -114,7 +114,7 @@ def _write(
 ) -> TokenData:
     """Write the token files of both splits, and what else the tokenizer keeps, into `folder`."""
     data_sha256 = hashlib.sha256(b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in parts)).hexdigest()
-    with locked(folder, "tokenizing"):
+    with exclusive_lock(folder, "tokenizing"):
         for split, ids in zip(SPLITS, parts, strict=True):
             header = Header(
                 version=VERSION,

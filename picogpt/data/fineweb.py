@@ -21,7 +21,7 @@ from picogpt.data.assets import File, is_whole
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.tokens import VERSION, Header, TokenData, streaming
 from picogpt.errors import PicogptError, UsageError
-from picogpt.files import locked, sha256_file
+from picogpt.files import exclusive_lock, sha256_file
 from picogpt.progress import Encoding
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def tokenize(
         first_document=held_out,
     )
     val_header = replace(header, split="val", first_document=0, documents=held_out)
-    with locked(folder, f"tokenizing shard {number}", f".{path.name}.lock"):
+    with exclusive_lock(folder, f"tokenizing shard {number}", f".{path.name}.lock"):
         if shards.is_whole(path, header) and (not held_out or shards.is_whole(val, val_header)):
             return path
         source = hub.obtain(parquet(number), cached_only=True) if file is None else _verified(Path(file), shard)

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from picogpt.config import Settings
 from picogpt.data.tokens import VERSION, Header, TokenData, TokenFile, open_tokens
 from picogpt.errors import PicogptError
-from picogpt.files import locked, read_text, write_text
+from picogpt.files import exclusive_lock, read_text, write_text
 from picogpt.progress import counting
 
 MANIFEST = "manifest.json"
@@ -76,7 +76,7 @@ class Manifest(Settings):
         )
 
 
-class Joined:
+class ShardedTokens:
     """The ids of many files, read like one array: slices alone, and a file is opened when a slice lies in it.
 
     Slices are found by bisection, and files stay open, so that a slice costs the same however many files there are.
@@ -158,7 +158,7 @@ def open_shards(folder: str | Path) -> TokenData:
     def open_part(index: int) -> TokenFile:
         return _open(folder, manifest.train[index], manifest)
 
-    train = TokenFile(path, manifest.header(), Joined([part.count for part in manifest.train], open_part))
+    train = TokenFile(path, manifest.header(), ShardedTokens([part.count for part in manifest.train], open_part))
     val = _open(folder, manifest.val, manifest)
     val.check(val.ids[:])  # an evaluation reads all of it, and batches of a training are checked as they come
     return TokenData(train, val)
@@ -172,7 +172,7 @@ def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) ->
     Raises PicogptError naming the shard that is missing, damaged, of another source, tokenizer or corpus.
     """
     folder = Path(folder)
-    with locked(folder, "joining shards"), counting("checking", len(sources) + 1) as advance:
+    with exclusive_lock(folder, "joining shards"), counting("checking", len(sources) + 1) as advance:
         parts: list[tuple[Part, Header]] = []
         for number, source in [(0, sources[0]), *enumerate(sources)]:
             path = folder / (shard_file(number) if parts else VAL)

@@ -1,4 +1,4 @@
-"""Models, one a file, built from the `kind` of their configuration."""
+"""Models, one per file, built from the `kind` of their configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from picogpt.models.loss import linear_cross_entropy
 
 
 def build(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
-    """A model with fresh weights, on the CPU, the same for the same seed."""
+    """A model with initial weights, on the CPU; the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(config, CharBigramConfig):
@@ -29,8 +29,8 @@ def build(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
 def compiled(model: LanguageModel, mode: str | None = None) -> Callable[..., torch.Tensor]:
     """`model` under torch.compile, for training; `mode` as torch names it.
 
-    GPT-2's own loss stays outside the graphs: its loops would be unrolled into one that takes minutes to compile. It is
-    not marked where it is defined, because the mark costs two seconds at every start.
+    GPT-2's chunked loss stays outside of the graph: its loops would be unrolled, which takes minutes to compile. It is
+    marked here and not where it is defined, because importing the compiler takes two seconds.
     """
     if isinstance(model, GPT2) and model.loss is linear_cross_entropy:
         model.loss = torch.compiler.disable(linear_cross_entropy)
@@ -38,27 +38,27 @@ def compiled(model: LanguageModel, mode: str | None = None) -> Callable[..., tor
 
 
 def initial(experiment: Experiment, vocab_size: int) -> LanguageModel:
-    """The model as training finds it: with fresh weights from the seed, or with OpenAI's.
+    """The model at the start of training: with weights drawn from the seed, or with OpenAI's.
 
-    Raises PicogptError when OpenAI's weights cannot be had, UsageError when there are none of that shape.
+    Raises PicogptError when OpenAI's weights are not available, UsageError when there are none of that shape.
     """
     name = source(experiment, vocab_size)
     if name == "scratch":
         return build(experiment.model, vocab_size, experiment.train.seed)
     from picogpt.models import pretrained
 
-    assert isinstance(experiment.model, GPT2Config)  # source has seen to it
+    assert isinstance(experiment.model, GPT2Config)  # ensured by source
     return pretrained.load_for(name, experiment.model, vocab_size)
 
 
 def source(experiment: Experiment, vocab_size: int) -> str:
-    """Where training finds the weights: scratch, or the name of OpenAI's. Nobody is asked for them here.
+    """Where the initial weights come from: scratch, or the name of OpenAI's. Does not download them.
 
     Raises UsageError when there are none of that shape.
     """
     if experiment.train.init == "scratch":
         return "scratch"
-    from picogpt.models import pretrained  # a client of the hub, which nothing else needs
+    from picogpt.models import pretrained  # imports the hub client, which nothing else needs
 
     if not isinstance(experiment.model, GPT2Config):
         raise UsageError(f"train.init=pretrained: there are pretrained weights of gpt2, not of {experiment.model.kind}")

@@ -1,4 +1,4 @@
-"""Causal self-attention: one function in training, the same one over a cache in decoding."""
+"""Causal self-attention, in training and, over a KV cache, in decoding."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from picogpt.models.cache import KVCache
 
 ROWS = 128
-"""Queries that are attended at once on a CPU: enough to fill its matrix units, few enough to stay in its caches."""
+"""Queries per block on a CPU: enough to fill its matrix units, few enough to fit its caches."""
 
 
-def attend(
+def causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0, cache: KVCache | None = None, dropout: float = 0
 ) -> torch.Tensor:
-    """softmax(q k' / sqrt(D)) v for q, k, v (B, H, T, D), each query over itself and what lies before it.
+    """softmax(q k' / sqrt(D)) v for q, k, v (B, H, T, D), with each query attending to itself and to earlier keys.
 
-    With a cache the keys and values go behind those it holds, and all of them are seen. `dropout` is the
-    probability with which a weight is dropped.
+    With a cache, k and v are appended to it, and the queries attend to all of its keys. `dropout` is the dropout
+    probability of the attention weights.
     """
     if cache is not None:
         k, v = cache.update(layer, k, v)
@@ -40,10 +40,9 @@ def in_blocks(q: torch.Tensor) -> bool:
 class BlockedAttention(torch.autograd.Function):
     """Causal attention for training on a CPU: matrix products over blocks of queries, each only up to its last key.
 
-    It keeps the weights of the lower blocks, (T / ROWS + 1) / 2 of B H T ROWS numbers, where a flash kernel works
-    them out again; in the backward pass that, and the large products, are what make it faster than torch's. Under
-    autocast scores and weights are rounded to bfloat16, as in attention written out; a flash kernel keeps the scores
-    in float32.
+    It stores the attention weights of the lower triangle of blocks, (T / ROWS + 1) / 2 times B H T ROWS numbers, where a
+    flash kernel recomputes them; that and its large matrix products make it faster than torch's kernel. Under autocast
+    scores and weights are rounded to bfloat16, as in attention written out; a flash kernel keeps scores in float32.
     """
 
     @staticmethod
@@ -52,7 +51,7 @@ class BlockedAttention(torch.autograd.Function):
         B, H, T, D = q.shape
         ctx.scale = D**-0.5
         q, k, v = (x.reshape(B * H, T, D) for x in (q * ctx.scale, k, v))
-        y = torch.empty(B, T, H, D, dtype=v.dtype).transpose(1, 2)  # the order in which the output projection reads it
+        y = torch.empty(B, T, H, D, dtype=v.dtype).transpose(1, 2)  # the memory layout that the output projection reads
         weights = []
         above = torch.full((ROWS, ROWS), -torch.inf, dtype=q.dtype).triu(1)
         for first in range(0, T, ROWS):

@@ -1,4 +1,4 @@
-"""The character bigram: the next character depends on the current one alone."""
+"""The character bigram: the next character depends only on the current one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from picogpt.models.language_model import LanguageModel
 
 
 class CharBigram(LanguageModel):
-    """One table of logits, (vocab_size, vocab_size); what a count of pairs would give, learned by gradient descent."""
+    """One table of logits, (vocab_size, vocab_size): the pair statistics of the text, learned by gradient descent."""
 
     def __init__(self, config: CharBigramConfig, vocab_size: int):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(
-            vocab_size, vocab_size
-        )  # N(0, 1): sure of the wrong things, so it starts above ln V
+        # N(0, 1) logits are confidently wrong, so the initial loss exceeds ln(vocab_size).
+        self.embedding = nn.Embedding(vocab_size, vocab_size)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None

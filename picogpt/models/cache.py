@@ -1,4 +1,4 @@
-"""What decoding remembers: the keys and values of every layer, so that each new token costs one token's work."""
+"""The KV cache: keys and values of every layer, so that decoding computes only the new token."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class KVCache:
     The model calls `start`, each layer `update`, and the model `advance` once all layers have. The first call may
     bring a whole prompt, each later one a single token.
 
-    Prompts of different lengths are filled up on the left: `padding` (B,) says how many slots of each row hold none
-    of its tokens. With `fixed`, a single token is attended over all slots behind a mask, and where it goes is known
-    to the device alone, so that each step is the same sequence of kernels: what a CUDA graph needs. `like` is a tensor
-    of the dtype and on the device that the cache shall have.
+    Prompts of different lengths are padded on the left: `padding` (B,) is the number of padding slots of each row.
+    With `fixed`, a single token attends to all slots through a mask, and its position is kept on the device, so that each
+    step is the same sequence of kernels, as a CUDA graph requires. `like` is a tensor with the dtype and device of the
+    cache.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class KVCache:
         self.slot = torch.zeros(1, dtype=torch.int64, device=like.device)  # `length`, on the device
         self.slots = torch.arange(c.block_size, device=like.device)
         self.last = torch.zeros(batch_size, 1, dtype=torch.int64, device=like.device)  # the newest token of each row
-        self.mask: torch.Tensor | None = None  # (B or 1, 1, T, keys): what the tokens of this call may see
+        self.mask: torch.Tensor | None = None  # (B or 1, 1, T, keys): the keys that each query may attend to
         self.causal = False
 
     def start(self, count: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ class KVCache:
         if self.padding is not None:
             hidden = keys[None, None] < self.padding[:, None, None]  # (B, 1, keys)
             seen = (keys <= queries[:, None]) & ~hidden
-            # A slot of padding sees itself: nothing uses what it makes, but nothing over no keys is not a number.
+            # Padding attends to itself: softmax over a fully masked row is NaN.
             self.mask, self.causal = (seen | (keys == queries[:, None]))[:, None], False
             return (queries - self.padding[:, None]).clamp(min=0)
         if self._fixed_step:
@@ -57,7 +57,7 @@ class KVCache:
         return queries
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, H, T, D) behind what is there; return the keys and values that are attended."""
+        """Append k and v (B, H, T, D); return the keys and values to attend to."""
         keys, values = self.values[layer, 0], self.values[layer, 1]  # (B, H, S, D)
         if self._fixed_step:
             keys.index_copy_(2, self.slot, k.to(keys.dtype))
@@ -75,12 +75,12 @@ class KVCache:
         self.last.copy_(idx[:, -1:])
 
     def restart(self, padding: list[int] | None = None) -> None:
-        """Forget all tokens, for contexts with this padding. The memory stays, and with it what a graph knows of it."""
+        """Empty the cache for contexts with this padding, in the same memory, so that a CUDA graph stays valid."""
         self.rewind(0)
         if self.padding is not None and padding is not None:
             self.padding.copy_(torch.tensor(padding))
 
     def rewind(self, length: int) -> None:
-        """Go back to the first `length` tokens."""
+        """Keep only the first `length` tokens."""
         self.length = length
         self.slot.fill_(length)

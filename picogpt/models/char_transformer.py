@@ -1,12 +1,12 @@
-"""A small decoder-only transformer over characters, built to learn fast from one megabyte of text.
+"""A small decoder-only transformer over characters, designed to learn fast from one megabyte of text.
 
-What it has that GPT-2 has not, and why:
-- rotary positions (Su et al. 2021, arXiv:2104.09864): distance, not place, is what matters between characters;
+Differences from GPT-2, and the reasons:
+- rotary position embeddings (Su et al. 2021, arXiv:2104.09864): between characters the distance matters, not the position;
 - RMSNorm without gains, and normalized queries and keys (Henry et al. 2020, arXiv:2010.04245): stays stable at
   the large learning rates of Muon;
 - squared ReLU (So et al. 2021, arXiv:2109.08668): as good as GELU and cheaper;
-- an embedding of each pair of characters beside that of the character: a table lookup does what a first
-  layer would otherwise have to learn;
+- an embedding of each pair of characters, added to that of the character: a table lookup replaces what a first layer
+  would have to learn;
 - output projections that start at zero: each block begins as the identity.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from picogpt.config import CharTransformerConfig
-from picogpt.models.attention import attend
+from picogpt.models.attention import causal_attention
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
 
@@ -26,7 +26,7 @@ LOGIT_CAP = 15.0
 
 
 class CharTransformer(LanguageModel):
-    """Embeddings, `n_layer` blocks, a linear head."""
+    """Embeddings, `n_layer` blocks, a linear output layer."""
 
     config: CharTransformerConfig
     cos: torch.Tensor
@@ -42,7 +42,7 @@ class CharTransformer(LanguageModel):
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         for embedding in (self.wte, self.wte_pairs):
             nn.init.normal_(embedding.weight, std=0.5)
-        nn.init.zeros_(self.head.weight)  # the first loss is ln V
+        nn.init.zeros_(self.head.weight)  # the initial loss is ln(vocab_size)
         cos, sin = rotary_tables(config.block_size, config.n_embd // config.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -52,13 +52,15 @@ class CharTransformer(LanguageModel):
     ) -> torch.Tensor:
         """Logits (B, T, V), float32; with `targets` (B, T), the mean cross-entropy in nats.
 
-        With a cache, `idx` are the tokens after those it holds: a whole prompt into an empty one, then one at a time;
-        then the logits are those of the last position, (B, 1, V).
+        With a cache, `idx` are the tokens that follow those in it, first a prompt, then one at a time; only the logits of
+        the last position are returned, (B, 1, V).
         """
         positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.start(idx.size(1))
         before = idx[:, :1] if cache is None else cache.last
         previous = torch.cat((before, idx[:, :-1]), dim=1)  # (B, T)
-        previous = torch.where(positions == 0, self.vocab_size, previous)  # nothing comes before the first
+        previous = torch.where(
+            positions == 0, self.vocab_size, previous
+        )  # the first position has no previous character
         x = self.wte(idx) + self.wte_pairs(previous * self.vocab_size + idx)  # (B, T, C)
         x = F.dropout(norm(x), self.config.dropout, self.training)
         cos, sin = (table[positions].unsqueeze(-3) for table in (self.cos, self.sin))  # (1, T, D/2) or (B, 1, T, D/2)
@@ -68,7 +70,9 @@ class CharTransformer(LanguageModel):
             cache.advance(idx)
             x = x[:, -1:]
         logits = self.head(norm(x)).float()  # (B, T, V)
-        logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)  # no single character gets all the probability
+        logits = LOGIT_CAP * torch.tanh(
+            logits / LOGIT_CAP
+        )  # bounds the logits, so no character gets all of the probability
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -79,7 +83,7 @@ class CharTransformer(LanguageModel):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward layer of four times the width; each reads the normalized stream and adds to it."""
+    """Pre-norm block: attention, then an MLP of four times the width, each added to the residual stream."""
 
     def __init__(self, config: CharTransformerConfig, layer: int):
         super().__init__()
@@ -102,7 +106,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).chunk(3, dim=1)
         q, k = rotate(norm(q), cos, sin).to(v.dtype), rotate(norm(k), cos, sin).to(v.dtype)  # (B, H, T, D)
-        y = attend(q, k, v, self.layer, cache)  # (B, H, T, D)
+        y = causal_attention(q, k, v, self.layer, cache)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -113,7 +117,7 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 def rotary_tables(block_size: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, each (block_size, head_size / 2), of the angle of every position and frequency."""
-    if torch.get_default_device().type == "meta":  # see shapes_only: the power would have torch load its compiler
+    if torch.get_default_device().type == "meta":  # see shapes_only: the power operator would import torch's compiler
         return torch.empty(block_size, head_size // 2), torch.empty(block_size, head_size // 2)
     frequencies = ROTARY_BASE ** -torch.linspace(0, 1, head_size // 2)
     angles = torch.outer(torch.arange(block_size).float(), frequencies)
@@ -121,6 +125,6 @@ def rotary_tables(block_size: int, head_size: int) -> tuple[torch.Tensor, torch.
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the halves of each head, (B, H, T, D), by the angle of its position."""
+    """Rotate the two halves of each head, (B, H, T, D), by the angle of its position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)

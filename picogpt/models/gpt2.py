@@ -1,10 +1,10 @@
-"""GPT-2 (Radford et al. 2019), exactly: the names and shapes of OpenAI's checkpoints, the numbers of its logits.
+"""GPT-2 (Radford et al. 2019), exactly: the parameter names and shapes of OpenAI's checkpoints, and the same logits.
 
-A token and its position are looked up and added; `n_layer` blocks each read the stream, normalized, and add to it,
-first what attention gathers from earlier positions, then what a two-layer network makes of it; the token table,
-used once more, turns the last stream into logits.
+Token and position embeddings are added into the residual stream. Each of `n_layer` blocks adds to it the output of causal
+self-attention, then that of an MLP, both on the normalized stream (pre-norm). A final LayerNorm and the output layer, whose
+weights are the token embedding (tied), give the logits.
 
-Linear layers store weights as (out, in), torch's way; OpenAI's files store (in, out), which `pretrained` turns.
+Linear layers store weights as (out, in), like torch; OpenAI's files store (in, out), which `pretrained` transposes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from picogpt.config import GPT2Config
-from picogpt.models.attention import attend
+from picogpt.models.attention import causal_attention
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
 from picogpt.models.loss import linear_cross_entropy
@@ -25,23 +25,23 @@ INIT_STD = 0.02
 
 
 class GPT2(LanguageModel):
-    """The decoder, its two tables and its tied head."""
+    """Embeddings, `n_layer` blocks, a final LayerNorm and a tied output layer."""
 
     config: GPT2Config
 
     def __init__(self, config: GPT2Config, vocab_size: int):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(vocab_size, config.n_embd)  # token table, and the head
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position table
+        self.wte = nn.Embedding(vocab_size, config.n_embd)  # token embedding, and weights of the output layer
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.head: nn.Module = TiedHead(self.wte)
-        self.loss = linear_cross_entropy  # what the ladder of benchmarks exchanges, as `attend` below
+        self.loss = linear_cross_entropy  # the training ladder replaces it
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # What adds to the stream starts smaller the more layers add to it, so that its variance does not grow.
+                # Projections into the residual stream are scaled by 1 / sqrt(2 n_layer): its variance does not grow with depth.
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * config.n_layer) if residual else INIT_STD)
             elif name.endswith("bias"):
@@ -58,7 +58,7 @@ class GPT2(LanguageModel):
         x = self.ln_f(x)
         if cache is not None:
             cache.advance(idx)
-            x = x[:, -1:]  # nobody asks for the logits of the other positions
+            x = x[:, -1:]  # only the logits of the last position are needed
         if targets is None:
             return self.head(x)
         if isinstance(self.head, TiedHead):
@@ -66,7 +66,7 @@ class GPT2(LanguageModel):
         return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())  # specialized for sampling
 
     def flops_per_token(self) -> int:
-        """6 for each weight in a matrix product, the head's included, and 12 L C T for attention, counted in full.
+        """6 per weight in a matrix product, including the output layer, plus 12 L C T for attention, the full T x T square.
 
         The formula of Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B).
         """
@@ -80,7 +80,7 @@ class GPT2(LanguageModel):
 
 
 class Block(nn.Module):
-    """Attention and a network of four times the width, each on the normalized stream, each added to it."""
+    """Pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position gathers from itself and those before it, once for each head."""
+    """Multi-head causal self-attention."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -104,18 +104,18 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.attend = attend
+        self.attention = causal_attention  # the training ladder replaces it
 
     def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3).unbind(2)  # (B, H, T, D)
-        y = self.attend(q, k, v, self.layer, cache, self.dropout if self.training else 0)
+        y = self.attention(q, k, v, self.layer, cache, self.dropout if self.training else 0)
         return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 class MLP(nn.Module):
-    """Each position by itself: four times the width, a bend, and back."""
+    """Position-wise MLP: expand to 4 n_embd, GELU, project back."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -125,16 +125,16 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        # OpenAI's GELU is the one approximated by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+        # OpenAI uses the tanh approximation of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
         return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class TiedHead(nn.Module):
-    """Logits from the token table. It has no parameters of its own, as in OpenAI's files."""
+    """The output layer, tied to the token embedding; no parameters of its own, as in OpenAI's files."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
-        self._tied = (embedding,)  # in a tuple, so that its weight is not listed twice
+        self._tied = (embedding,)  # in a tuple, so that the shared weight is registered once
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> (..., V)."""

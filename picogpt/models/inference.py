@@ -10,13 +10,13 @@ from picogpt import hardware
 from picogpt.models.gpt2 import GPT2
 
 FEW_ROWS = 4
-"""Up to so many rows the kernel that multiplies bytes is faster than turning them into bfloat16 first."""
+"""Up to this many rows the int8 kernel is faster than converting the weights to bfloat16 first."""
 WIDENED = 1 << 19
-"""Weights widened at once: as float32, two megabytes."""
+"""Weights converted to float32 at a time, two megabytes, which a cache holds."""
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights are bytes with one scale for each output; inputs and outputs stay bfloat16."""
+    """A linear layer with int8 weights and one scale per output; inputs and outputs are bfloat16."""
 
     weight: torch.Tensor
     scale: torch.Tensor
@@ -41,7 +41,7 @@ class Int8Linear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN wants them: a CPU reads them half as fast again as it would row by row."""
+    """A linear layer with weights in oneDNN's memory layout, which a CPU reads 1.5 times as fast as row-major weights."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
@@ -74,12 +74,12 @@ class Bfloat16Linear(nn.Module):
 def bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (N, in) times weight (out, in)', both bfloat16, sums in float32, rounded to bfloat16: (N, out).
 
-    A CPU without instructions for it multiplies many rows in float32: the same sums, several times as fast.
+    On a CPU without bfloat16 instructions many rows are multiplied in float32: the same sums, several times as fast.
     """
     if len(x) <= FEW_ROWS or hardware.multiplies_bfloat16(x.device.type):
         return F.linear(x, weight)
     rows = x.float()
-    # Piece by piece, so that what is widened is used while a cache has it.
+    # In pieces, so that the float32 copy is used while it is in the cache.
     y = x.new_empty(len(x), len(weight))
     size = max(1, WIDENED // weight.size(1))
     for part, out in zip(weight.split(size), y.split(size, dim=1), strict=True):
@@ -88,7 +88,7 @@ def bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def specialize(model: GPT2, layer: type[Int8Linear] | type[PackedLinear] | type[Bfloat16Linear]) -> GPT2:
-    """Put every matrix of a GPT-2 into `layer`, in place: those of the blocks, and the head's copy of the token table."""
+    """Replace every linear layer of a GPT-2 by `layer`, in place, and the output layer by one with its own copy of the table."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
@@ -98,7 +98,7 @@ def specialize(model: GPT2, layer: type[Int8Linear] | type[PackedLinear] | type[
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN with what PackedLinear stands on, and this CPU what oneDNN needs for `dtype`."""
+    """Whether this torch has the oneDNN operators of PackedLinear, and this CPU the instructions oneDNN needs for `dtype`."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
     return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

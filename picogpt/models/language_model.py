@@ -1,4 +1,4 @@
-"""What training, evaluation and sampling ask of a model."""
+"""The interface of a model for training, evaluation and sampling."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class LanguageModel(nn.Module):
     config: ModelConfig
 
     def new_cache(self, batch_size: int, padding: torch.Tensor | None = None, fixed: bool = False) -> KVCache | None:
-        """What decoding keeps between calls, see KVCache; None where there is nothing worth keeping."""
+        """An empty KV cache for decoding; None for a model that has no use for one."""
         return None
 
     def flops_per_token(self) -> int | None:
-        """Floating-point operations of training on one token, forward and backward; None where nobody counts them."""
+        """Floating-point operations of training on one token, forward and backward; None where they are not counted."""
         return None
 
     def forward(
@@ -45,13 +45,13 @@ class LanguageModel(nn.Module):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Build modules without memory and without drawing weights: to compare shapes, or to be filled from a file."""
-    with torch.device("meta"), _NothingDrawn():
+    """Build modules without memory and without initial weights: to compare shapes, or to be filled from a file."""
+    with torch.device("meta"), _SkipInit():
         yield
 
 
-class _NothingDrawn(TorchFunctionMode):
-    # Drawing no numbers should cost nothing, but the first time it has torch load its compiler, for a second or two.
+class _SkipInit(TorchFunctionMode):
+    # On the meta device torch's init functions import torch._dynamo, which takes 1 to 2 s, so they are skipped.
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.Tensor.normal_ or getattr(function, "__module__", None) == nn.init.__name__:

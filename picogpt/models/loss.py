@@ -1,4 +1,4 @@
-"""The head of a language model and its loss in one, without the logits of the whole batch."""
+"""The output layer and cross-entropy of a language model in one function, without the logits of the whole batch."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 import torch
 
 LOGITS_BYTES = 1 << 28
-"""Logits held at once, at most: 256 MiB; and on a GPU as much again in float32."""
+"""Upper limit of the logits in memory, 256 MiB; on a GPU the same again in float32."""
 ROWS_IN_CACHE = 32
-"""On a CPU, rows of logits whose float32 copy stays in its caches."""
+"""On a CPU, the number of rows of logits whose float32 copy fits the caches."""
 COLUMNS = 64
-"""Matrix units are fed whole: the vocabulary is rounded up to a multiple of this inside the product."""
+"""The vocabulary is padded to a multiple of this inside the product, for full tiles of matrix units."""
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy, in nats, of the logits x weight' against `targets`; a float32 scalar.
 
-    x (N, C), weight (V, C), targets (N,) int64. Under autocast the products are made in its dtype; softmax and
-    loss always in float32. Where gradients are wanted they are made here, with the logits at hand, so that
-    the backward pass only hands them on, and logits are never made twice.
+    x (N, C), weight (V, C), targets (N,) int64. Under autocast the products use its dtype; softmax and loss are always
+    float32. Gradients are computed chunk by chunk in the forward pass: logits are neither stored nor recomputed.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -66,7 +65,7 @@ def _softmax_loss(
 ) -> None:
     """Write the loss of each row of `logits` (N, padded); with `scale`, turn the logits into scale times its gradient.
 
-    The columns beyond the vocabulary take no part: they add nothing to the softmax and get no gradient.
+    The padding columns beyond the vocabulary are excluded from the softmax and get no gradient.
     """
     rows = ROWS_IN_CACHE if logits.device.type == "cpu" else max(1, LOGITS_BYTES // (4 * vocab_size))
     rows = min(rows, len(logits))

@@ -1,7 +1,7 @@
-"""OpenAI's weights as a model of ours.
+"""Loads OpenAI's weights into our GPT-2.
 
-Their files are safetensors: plain numbers behind a header, nothing that could be run. OpenAI's linear layers are
-stored as (in, out), ours as (out, in); everything else is the same.
+Their files are safetensors, which hold tensors only and cannot run code. OpenAI stores linear layers as (in, out), we as
+(out, in); everything else is the same.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import check_tensors, shapes_only
 
 VOCAB_SIZE = 50257
-TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
-"""In older files, constants of the causal mask."""
+"""Buffers of the causal mask in older files."""
 
 
 def load(name: str, path: Path | None = None) -> GPT2:
-    """The pretrained model `name`, on the CPU, in evaluation mode, from `path`, or else fetched. Raises as `hub.fetch`."""
+    """The pretrained model `name`, on the CPU, in evaluation mode, from `path` or downloaded. Raises like `hub.fetch`."""
     return load_safetensors(path or hub.fetch(name), hub.registry()[name].config(), VOCAB_SIZE)
 
 
 def load_for(name: str, config: GPT2Config, vocab_size: int) -> GPT2:
-    """The pretrained model `name`, with the dropout of `config`, to be trained on. Raises as `hub.fetch`."""
+    """The pretrained model `name`, with the dropout of `config`, in training mode. Raises like `hub.fetch`."""
     model = load_safetensors(hub.fetch(name), config, vocab_size)
     model.train()
     return model
@@ -73,7 +73,9 @@ def load_safetensors(path: Path, config: GPT2Config, vocab_size: int) -> GPT2:
                     f"{path} does not fit the model: its lm_head.weight is not wte.weight; GPT-2's head is tied"
                 )
             continue
-        state[name] = tensor.float().T.contiguous() if name.endswith(TURNED) and tensor.dim() == 2 else tensor.float()
+        state[name] = (
+            tensor.float().T.contiguous() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor.float()
+        )
     with shapes_only():
         model = GPT2(config, vocab_size)
     check_tensors(model, state, path)

@@ -1,4 +1,4 @@
-"""Checkpoints: `best.pt`, weights to sample from, and `last.pt`, all that is needed to go on.
+"""Checkpoints: `best.pt`, the weights to sample from, and `last.pt`, the state to resume from.
 
 Both hold tensors and plain values only and load with `weights_only=True`; nothing in them is ever executed.
 """
@@ -41,25 +41,25 @@ class Weights:
     state: dict[str, torch.Tensor]
 
     def model(self, untrained: bool = False) -> LanguageModel:
-        """The model, in evaluation mode; with `untrained`, as it was before the first step.
+        """The model, in evaluation mode; with `untrained`, with its initial weights.
 
         Raises PicogptError when the tensors are not those of the model.
         """
-        with shapes_only():  # compare before allocating: a hostile file may claim any size
+        with shapes_only():  # compare shapes before allocating: a hostile file may claim any size
             model = models.build(self.experiment.model, self.vocab_size, 0)
         check_tensors(model, self.state, self.path)
         if untrained:
             return models.initial(self.experiment, self.vocab_size).eval()
-        if any(True for _ in model.buffers()):  # tables that are not saved have to be made
+        if any(True for _ in model.buffers()):  # buffers that are not saved have to be computed
             model = models.build(self.experiment.model, self.vocab_size, 0)
-        model.load_state_dict(self.state, assign=True)  # drawing weights only to replace them would take a second
+        model.load_state_dict(self.state, assign=True)  # skips drawing initial weights, which takes a second
         return model.eval()
 
 
 def save_weights(
     path: Path, model: nn.Module, experiment: Experiment, vocab_size: int, corpus: dict, step: int, val_loss: float
 ) -> None:
-    """Write `best.pt` in one piece."""
+    """Write `best.pt` atomically."""
     _save(
         path,
         {
@@ -101,15 +101,15 @@ def load_weights(path: str | Path, kind: str | None = None) -> Weights:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `last.pt` in one piece and keep the one before it as `last.previous.pt`."""
+    """Write `last.pt` atomically and keep the previous one as `last.previous.pt`."""
     if path.exists():
-        # A second name, not a rename: at no moment is there no last.pt.
+        # A hard link, not a rename, so that last.pt exists at every moment.
         place(path, previous(path))
     _save(path, {"content": "state", **state})
 
 
 def load_state(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Read `last.pt`, or the one before it where it is torn; returns the state and a warning.
+    """Read `last.pt`, or the previous one if it is truncated; returns the state and a warning.
 
     Raises PicogptError when neither can be used.
     """
@@ -143,20 +143,20 @@ def _save(path: Path, tree: dict[str, Any]) -> None:
 def _load(path: Path, content: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
-            whole = zipfile.is_zipfile(file)  # the directory of a zip file is at its end: a torn one has none
+            whole = zipfile.is_zipfile(file)  # the directory of a zip file is at its end: a truncated one has none
     except OSError as error:
         raise PicogptError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     if not whole:
         raise PicogptError(f"{path} is torn, or no checkpoint")
     try:
-        # Weights stay in the file until they are read: a model of half a gigabyte is there at once.
+        # Memory-mapped, so that a model of half a gigabyte loads at once.
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=content == "weights")
     except pickle.UnpicklingError as error:
         raise PicogptError(
             f"{path} is damaged, or holds more than tensors and plain values, which could be code:"
             " it is refused, and nothing of it was run"
         ) from error
-    except Exception as error:  # torch names no type for what a damaged archive may raise
+    except Exception as error:  # a damaged archive can raise any type
         raise PicogptError(f"{path} is damaged, or no checkpoint: {error}") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise PicogptError(f"{path} is no checkpoint of picogpt")

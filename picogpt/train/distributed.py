@@ -1,6 +1,6 @@
-"""Several processes that train one model: who is here, and what they tell one another.
+"""Distributed training: the ranks of a job and their collectives.
 
-`torchrun` starts the processes and names them in the environment; a process that it did not start is a world of one.
+`torchrun` starts the ranks and numbers them in the environment; a process that it did not start is a job of one rank.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _LOST = re.compile(r"gloo|Broken pipe|[Cc]onnection (reset|refused|closed)|NCCL.
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a job and the place of this one. Ranks run on one device each."""
+    """The ranks of a job and the index of this one. Each rank has a device of its own."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     control: Any = None
-    """A group on the CPUs for small messages, so that they never wait for a GPU."""
+    """A gloo group for small messages, so that they never wait for a GPU."""
 
     @property
-    def first(self) -> bool:
-        """Whether this rank is the one that writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def device(self, wanted: str) -> str:
-        """The device of this rank where `wanted` is asked for: each rank its own GPU.
+        """The device of this rank where `wanted` is configured: each rank gets its own GPU.
 
         Raises UsageError when one GPU is named for several ranks.
         """
@@ -52,7 +52,7 @@ class World:
         return f"cuda:{self.local_rank}"
 
     def threads(self) -> int:
-        """CPU threads of this rank: its share of the cores (torchrun would leave it a single one)."""
+        """CPU threads of this rank: its share of the cores (torchrun sets a single one)."""
         return max(1, hardware.cpu_count() // self.local_size)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
@@ -66,16 +66,16 @@ class World:
         """Sum of a number over the ranks, in float64."""
         return self._reduce(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.SUM)
 
-    def largest(self, value: float) -> float:
-        """The largest of the ranks' numbers."""
+    def all_reduce_max(self, value: float) -> float:
+        """Maximum of a number over the ranks."""
         return self._reduce(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank, on all of them; a PicogptError there is raised on all of them."""
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and return its result on all ranks; a PicogptError there is raised on all ranks."""
         if self.size == 1:
             return make()
         answer: list[Any] = [None, None]
-        if self.first:
+        if self.is_main:
             try:
                 answer[0] = make()
             except PicogptError as error:
@@ -86,8 +86,8 @@ class World:
             raise answer[1]
         return answer[0]
 
-    def tree_from_first(self, make: Callable[[], T]) -> T:
-        """As `from_first`, for dictionaries and lists with tensors in them: each tensor travels by itself, as it is."""
+    def broadcast_tree_from_main(self, make: Callable[[], T]) -> T:
+        """As `broadcast_from_main`, for dictionaries and lists that contain tensors: each tensor is broadcast by itself, without a copy."""
         if self.size == 1:
             return make()
         tensors: list[torch.Tensor] = []
@@ -97,22 +97,22 @@ class World:
             tensors.extend(leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
             return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tree)
 
-        tree = self.from_first(outline)
+        tree = self.broadcast_from_main(outline)
         turn = iter(tensors)
 
         def receive(shape: torch.Tensor) -> torch.Tensor:
-            tensor = next(turn).contiguous() if self.first else torch.empty_like(shape, device="cpu")
+            tensor = next(turn).contiguous() if self.is_main else torch.empty_like(shape, device="cpu")
             with _peers():
                 dist.broadcast(tensor, 0, group=self.control)
             return tensor
 
         return tree_map_only(torch.Tensor, receive, tree)
 
-    def first_before_others(self, make: Callable[[], T]) -> T:
-        """What `make` returns, on each rank its own; the first rank goes ahead, so that the others find what it fetched."""
+    def main_first(self, make: Callable[[], T]) -> T:
+        """Call `make` on every rank, on rank 0 first, so that the others find what it has downloaded."""
         made: list[T] = []
-        self.from_first(lambda: made.append(make()))
-        return made[0] if self.first else make()
+        self.broadcast_from_main(lambda: made.append(make()))
+        return made[0] if self.is_main else make()
 
     def _reduce(self, value: torch.Tensor, operation: Any) -> float:
         if self.size > 1:
@@ -122,8 +122,8 @@ class World:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
-    """Meet the other ranks that torchrun started; part from them at the end.
+def init_distributed(device: str) -> Iterator[World]:
+    """Initialize the process group of the ranks that torchrun started; destroy it at the end.
 
     NCCL carries gradients between GPUs, gloo between CPUs. Raises PicogptError when a rank is lost.
     """
@@ -145,23 +145,22 @@ def joined(device: str) -> Iterator[World]:
     with _peers():
         store, rank, size = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # After a restart torchrun's store still has the addresses of the ranks before: each attempt its own names.
-            # Where it gives each attempt a store of its own, nodes may count differently.
+            # After a restart torchrun's store still has the addresses of the previous ranks, so each attempt uses its own
+            # keys. Where torchrun gives each attempt a store of its own, nodes may count attempts differently.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
         control = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
     with _peers():
         yield World(dist.get_rank(), size, local_rank, local_size, control)
-    # A thread of gloo that lets go of the last message needs the interpreter; a destructor that waits for this thread
-    # holds it. So the groups outlive whatever uses them.
+    # Keep the process groups alive: destroying gloo while holding the GIL can deadlock with its thread.
     _GROUPS.extend([dist.group.WORLD, control])
-    # Not after an error: with a peer gone, parting may wait for it for ever.
+    # Not after an error: if a rank is gone, this could wait for it forever.
     dist.destroy_process_group()
 
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """Turn the many ways in which a collective fails when a peer is gone into one error."""
+    """Raise one PicogptError for the many errors of a collective whose peer is gone."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:

@@ -13,7 +13,7 @@ TOKENS_AT_ONCE = 1 << 13
 
 
 def autocast(device: Device) -> torch.autocast:
-    """Matrix products in the device's dtype, the rest in float32."""
+    """Autocast of matrix products to the device's dtype; everything else is float32."""
     dtype = torch_dtype(device)
     return torch.autocast(device.kind, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -22,11 +22,10 @@ def autocast(device: Device) -> torch.autocast:
 def evaluate(
     model: LanguageModel, ids: Ids, device: Device, batch_size: int | None = None, world: World | None = None
 ) -> float:
-    """Mean cross-entropy, in nats a token, over all targets of `ids` (N,): N - 1 of them.
+    """Mean cross-entropy, in nats per token, over the N - 1 targets of `ids` (N,).
 
-    The tokens are cut into windows of the model's block size that do not overlap, so a prediction sees
-    what lies before it in its window. `batch_size` and the ranks of `world`, which take turns, change speed and
-    memory, not the answer.
+    The tokens are split into windows of the model's block size that do not overlap; the context of a prediction is what
+    precedes it in its window. `batch_size` and the number of ranks change speed and memory, not the result.
     """
     world = world or World()
     block_size = model.config.block_size

@@ -1,9 +1,9 @@
-"""The folder of a run: who may use it, what in it is finished, what can be gone on from.
+"""The folder of a run: its lock, its results, and the checkpoint to resume from.
 
 checkpoints/    last.pt, last.previous.pt, best.pt, metrics.jsonl: written while it runs, removed at its end
 best.pt         the weights with the lowest validation loss
 metrics.jsonl   losses by step
-record.json     the numbers, and where they come from; written last, so it says that the run is finished
+record.json     the numbers and their provenance; written last, so it marks the run as finished
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 from picogpt import records
 from picogpt.errors import PicogptError
-from picogpt.files import locked, place, write_text
+from picogpt.files import exclusive_lock, place, write_text
 from picogpt.train import checkpoint
 
 RESULTS = ("best.pt", "metrics.jsonl")
 
 
 class RunFolder:
-    """One folder, for one run: the settings and data of `fingerprint`."""
+    """The folder of one run, whose settings and data have this `fingerprint`."""
 
     def __init__(self, path: str | Path, fingerprint: str):
         self.path, self.fingerprint = Path(path), fingerprint
@@ -35,12 +35,12 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out. Raises PicogptError when one is training here."""
-        with locked(self.path, "training"):
+        """Lock the folder. Raises PicogptError when another process is training here."""
+        with exclusive_lock(self.path, "training"):
             yield
 
     def finished(self, replace: bool) -> dict[str, Any] | None:
-        """The record of a run that is finished already; with `replace`, one of other settings is deleted.
+        """The record, if the run is finished; with `replace`, a run with other settings is deleted.
 
         Raises PicogptError when there is one of other settings and `replace` is not given.
         """
@@ -68,12 +68,12 @@ class RunFolder:
         return None
 
     def load(self, replace: bool) -> dict[str, Any] | None:
-        """The state to go on from, or None where there is none; with `replace`, one of other settings is deleted.
+        """The state to resume from, or None; with `replace`, that of a run with other settings is deleted.
 
         Raises PicogptError when there is one of other settings, or that cannot be read, and `replace` is not given.
         """
         self.work.mkdir(exist_ok=True)
-        # Listed, because a network file system may go on saying of a name that nothing is there when a node asked too early.
+        # Listing the folder refreshes a network file system, which may cache that a file does not exist.
         if not {self.last.name, checkpoint.previous(self.last).name} & set(os.listdir(self.work)):
             return None
         state = self._read(replace)
@@ -85,24 +85,24 @@ class RunFolder:
         return None
 
     def cut_metrics(self, step: int) -> None:
-        """Keep the lines up to `step`: those after the checkpoint will be written again; the last one may be torn."""
+        """Keep the lines up to `step`: later ones are written again, and the last one may be incomplete."""
         write_text(self.metrics, "".join(line + "\n" for line in _lines_until(self.metrics, step)) if step else "")
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write last.pt in one piece. Raises PicogptError when it cannot be written."""
+        """Write last.pt atomically. Raises PicogptError when it cannot be written."""
         with open(self.metrics, "rb") as metrics:
-            os.fsync(metrics.fileno())  # the lines up to this step must outlive a power cut if the checkpoint does
+            os.fsync(metrics.fileno())  # after a power cut the metrics must be as complete as the checkpoint
         checkpoint.save_state(self.last, {"fingerprint": self.fingerprint, **state})
 
     def publish(self, record: dict[str, Any]) -> None:
-        """Give the results their final names, the record last, and remove the working files."""
+        """Move the results to their final names, the record last, and remove the working files."""
         for name in RESULTS:
-            place(self.work / name, self.path / name)  # both names, until the record is written
+            place(self.work / name, self.path / name)  # hard links, until the record is written
         records.write(self.path / "record.json", record)
         shutil.rmtree(self.work)
 
     def _read(self, replace: bool) -> dict[str, Any] | None:
-        """The last good state; with `replace`, None where none can be read."""
+        """The last valid state; with `replace`, None if there is none."""
         try:
             state, warning = checkpoint.load_state(self.last)
         except PicogptError as error:

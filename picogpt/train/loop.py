@@ -1,6 +1,6 @@
 """The training loop, the same for every model, on one device or on many.
 
-Under torchrun every rank takes its part of each batch, and all of them take the same step. The first one writes.
+Under torchrun every rank computes its share of each batch, and all ranks make the same step. Rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from picogpt.train.optim import Optimizer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16, "mps": 1 << 14}
-"""Of one forward pass, by device, where the settings name no micro-batch: beyond it nothing gets faster."""
+"""Tokens of a forward pass by device type, without a configured micro-batch; more of them are no faster."""
 BYTES_PER_ACTIVATION = 40
-"""What training keeps of one token for each layer and each number of its width: 17 numbers in bfloat16, and a little."""
+"""Activation memory per token, layer and channel: 17 values in bfloat16, with a margin."""
 
 
 @dataclass
 class Progress:
-    """How far a run is: all of its state beside weights and optimizer. Data order and dropout follow from `step`."""
+    """The state of a run besides weights and optimizer. Data order and dropout follow from `step`."""
 
     step: int = 0
     best_val_loss: float = math.inf
@@ -53,7 +53,7 @@ class Progress:
     after: dict[str, float] = field(default_factory=dict)
     """Losses of the latest evaluation."""
     interval_loss: float = 0.0
-    """Sum of the losses since the last line of the metrics, over `interval_steps` steps."""
+    """Sum of the losses of the `interval_steps` steps since the last line of the metrics."""
     interval_steps: int = 0
     interval_seconds: float = 0.0
     train_seconds: float = 0.0
@@ -61,7 +61,7 @@ class Progress:
     eval_seconds: float = 0.0
     save_seconds: float = 0.0
     sessions: int = 0
-    """How often the run was started or resumed; starts that were killed before a checkpoint leave no trace."""
+    """How often the run was started or resumed; a start that was killed before its first checkpoint does not count."""
 
 
 class Trainer:
@@ -80,14 +80,14 @@ class Trainer:
         machine: str | None = None,
     ):
         self.experiment, self.data, self.world = experiment, data, world or World()
-        self.machine = machine  # of the write-up, for the record
+        self.machine = machine  # its name in config/hardware/, for the record
         self.config, self.runtime = experiment.train, experiment.runtime
         self.folder = RunFolder(folder, experiment.fingerprint(data.vocab_size, data.train.header.data_sha256))
         self.device = hardware.select(self.world.device(self.runtime.device), self.config.dtype)
         hardware.prepare(self.device, self.runtime.threads or self.world.threads())
-        # Of the code that runs, not of what it is edited to meanwhile.
+        # Read at the start: the source may be edited while it runs.
         self.provenance = records.provenance(self.device)
-        # TF32 for the float32 matrix products that remain, on GPUs that have it.
+        # TF32 for the remaining float32 matrix products, on GPUs that have it.
         torch.set_float32_matmul_precision("high")
 
         block_size = experiment.model.block_size
@@ -98,56 +98,58 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(
             self.config.batch_size, self.world.size, self.config.micro_batch_size, most
         )
-        # On a GPU reading a loss would wait for it; there losses are read where a line is logged.
+        # Reading a loss synchronizes with a GPU, so there losses are read only when a line is logged.
         self.reads_each_loss = self.device.kind != "cuda" or self.config.optimizer == "muon"
 
-        models.source(experiment, data.vocab_size)  # OpenAI's weights are asked for when there is nothing to go on from
+        models.source(
+            experiment, data.vocab_size
+        )  # checks the shape; OpenAI's weights are loaded in _resume, if there is no checkpoint
         model = models.build(experiment.model, data.vocab_size, self.config.seed)
         self.model = model.to(self.device.torch_name)
         self.optimizer = Optimizer(self.model, self.config, self.total_steps)
-        # The raw module is the one that is evaluated, sampled and saved; the others share its weights.
+        # The raw module is evaluated, sampled and saved; the compiled and distributed ones share its weights.
         self.forward: Callable[..., torch.Tensor] = self.model
         if self.runtime.compile != "off":
             self.forward = models.compiled(self.model)
         self.compiled = self.forward is not self.model
         self.progress = Progress()
-        self._losses: list[torch.Tensor] = []  # of the steps since the last reading, on the device
+        self._losses: list[torch.Tensor] = []  # of the steps since the last read, on the device
 
     def run(self, replace: bool = False) -> dict[str, Any]:
-        """Train to the end, from the last checkpoint where there is one; return the record.
+        """Train to the end, from the last checkpoint if there is one; return the record.
 
-        With `replace`, a run of other settings in the folder is deleted instead of refused.
+        With `replace`, a run with other settings in the folder is deleted instead of refused.
         """
         with ExitStack() as held, _stop_on_signals() as stop:
-            self.world.from_first(lambda: self._enter(held))
-            finished = self.world.from_first(lambda: self.folder.finished(replace))
+            self.world.broadcast_from_main(lambda: self._enter(held))
+            finished = self.world.broadcast_from_main(lambda: self.folder.finished(replace))
             if finished:
                 return finished
             self._resume(replace)
             if self.world.size > 1:
                 self.forward = self._distributed(self.forward)
-                # The wrapper goes before the ranks part. It would end gloo's thread while holding Python's lock, and
-                # that thread may be waiting for the lock.
+                # Delete the wrapper before the process group: its destructor joins a gloo thread while holding the GIL,
+                # and that thread may be waiting for the GIL.
                 held.callback(setattr, self, "forward", self.model)
-            bar = Training(self.experiment.model.kind, self.total_steps, self.progress.step, shown=self.world.first)
+            bar = Training(self.experiment.model.kind, self.total_steps, self.progress.step, shown=self.world.is_main)
             with bar, hardware.attention(self.device):
                 self._loop(bar, stop, self._writer(held))
             record = self._record()
-            self.world.from_first(lambda: self.folder.publish(record))
+            self.world.broadcast_from_main(lambda: self.folder.publish(record))
             return record
 
     def _enter(self, held: ExitStack) -> None:
         held.enter_context(self.folder.held())
 
     def _writer(self, held: ExitStack) -> Callable[..., None]:
-        """What appends a line to the metrics file, on the rank that writes."""
-        if not self.world.first:
+        """A function that appends a line to the metrics file on rank 0, and does nothing elsewhere."""
+        if not self.world.is_main:
             return lambda **values: None
         metrics = held.enter_context(open(self.folder.metrics, "a", encoding="utf-8"))
         return lambda **values: print(json.dumps(self._row(values)), file=metrics, flush=True)
 
     def _distributed(self, module: Any) -> Callable[..., torch.Tensor]:
-        """`module` with gradients averaged over the ranks at the end of each step."""
+        """`module` with gradients averaged over the ranks (all-reduce) at the end of each step."""
         ids = [self.world.local_rank] if self.device.kind == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -158,7 +160,7 @@ class Trainer:
             p.before = self._evaluate(also_train=True)
             log(**p.before)
             bar.say(f"before training: {_listed(p.before)}")
-            if self.config.init == "pretrained":  # nothing better may come
+            if self.config.init == "pretrained":  # training may not improve on it
                 self._keep_best(p.before["val_loss"])
         first, val_loss = p.step, p.after.get("val_loss")
         while p.step < self.total_steps:
@@ -184,7 +186,7 @@ class Trainer:
                 bar.say(f"step {p.step}: {_listed(p.after)}")
                 if val_loss < p.best_val_loss:
                     self._keep_best(val_loss)
-            stopped_by = int(self.world.largest(stop[0] if stop else 0))
+            stopped_by = int(self.world.all_reduce_max(stop[0] if stop else 0))
             if p.step % runtime.checkpoint_interval == 0 or ended or stopped_by:
                 self._charge("train_seconds")
                 self._save()
@@ -197,8 +199,8 @@ class Trainer:
                 )
 
     def _step(self, step: int) -> torch.Tensor:
-        """One optimizer step; the mean loss of its batch over all ranks, left on the device."""
-        # Dropout too is a function of the step (and the rank) alone, so that there is no random state to save.
+        """One optimizer step; returns the mean loss of its batch over all ranks, on the device."""
+        # Dropout is a function of the step and the rank alone, so there is no random state to save.
         torch.manual_seed((self.config.seed << 32) + (self.world.rank << 40) + step)
         self.model.train()
         batch = self.sampler.batch(step, self.world.rank, self.world.size)
@@ -215,24 +217,24 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
             loss = torch.where(
                 torch.isfinite(norm), loss, math.nan
-            )  # a gradient that is no number counts as such a loss
+            )  # a non-finite gradient counts as a non-finite loss
         finite = torch.isfinite(loss)
         if self.reads_each_loss and not finite.item():
             raise self._not_finite(loss.item(), step + 1)
-        # Where the loss is read later, a step that would spoil the weights is left out by the kernel itself.
+        # Where the loss is read later, fused AdamW skips a non-finite step through found_inf, without synchronization.
         self.optimizer.step(step, skip=None if self.reads_each_loss else ~finite)
         return loss
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        if self.device.kind == "cuda":  # from pinned memory the copy does not wait for the GPU
+        if self.device.kind == "cuda":  # a copy from pinned memory is asynchronous
             return tensor.pin_memory().to(self.device.torch_name, non_blocking=True)
         return tensor.to(self.device.torch_name)
 
     def _forward_backward(self, x: torch.Tensor, y: torch.Tensor, micro_batches: int, last: bool) -> torch.Tensor:
-        """Add the gradient of one micro-batch; return its share of the mean loss."""
+        """Accumulate the gradient of one micro-batch; return its share of the mean loss."""
         try:
-            # Ranks exchange gradients once a step; that must be said before the forward pass.
+            # The all-reduce of gradients happens once per step; no_sync must be set before the forward pass.
             alone = isinstance(self.forward, DistributedDataParallel) and not last
             with self.forward.no_sync() if alone else nullcontext():  # type: ignore[attr-defined]
                 with autocast(self.device):
@@ -247,7 +249,7 @@ class Trainer:
                 raise PicogptError(
                     f"{self.device.name} has too little memory for {much} sequences at once: {advice}"
                 ) from error
-            # Compilation happens at the first call, and fails where there is no working C++ compiler.
+            # Compilation happens at the first call, and fails without a working C++ compiler.
             if not self.compiled or self.runtime.compile == "on" or not is_compile_error(error):
                 raise
             warnings.warn(f"torch.compile does not work here, going on without it: {_first_line(error)}", stacklevel=2)
@@ -257,7 +259,7 @@ class Trainer:
         return loss.detach()
 
     def _evaluate(self, also_train: bool) -> dict[str, float]:
-        """Exact losses of the weights as they are; raises PicogptError when one is not finite."""
+        """Exact losses of the current weights; raises PicogptError when one is not finite."""
         self._charge("train_seconds")
         losses = {"val_loss": evaluate(self.model, self.data.val.ids, self.device, world=self.world)}
         if also_train and self.config.eval_train != "none":
@@ -271,7 +273,7 @@ class Trainer:
         return losses
 
     def _read_losses(self) -> None:
-        """Take the losses off the device; raises PicogptError naming the first step whose loss is not finite."""
+        """Read the losses from the device; raises PicogptError naming the first step whose loss is not finite."""
         p = self.progress
         losses = torch.stack(self._losses).tolist() if self._losses else []
         for index, loss in enumerate(losses):
@@ -293,7 +295,7 @@ class Trainer:
         )
 
     def _charge(self, account: str) -> None:
-        """Add the time since the last call to an account of `progress`."""
+        """Add the time since the last call to this field of `progress`."""
         if self.device.kind == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -315,10 +317,10 @@ class Trainer:
 
     def _save(self) -> None:
         self._read_losses()
-        # The last step may have made weights that are not finite from a loss that was; they must not replace good ones.
+        # A step with a finite loss can still produce non-finite weights, which must not replace good ones.
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             raise self._not_finite(math.nan, self.progress.step)
-        self.world.from_first(
+        self.world.broadcast_from_main(
             lambda: self.folder.save(
                 {
                     "progress": vars(self.progress),
@@ -330,7 +332,7 @@ class Trainer:
 
     def _keep_best(self, val_loss: float) -> None:
         self.progress.best_val_loss, self.progress.best_step = val_loss, self.progress.step
-        self.world.from_first(self._save_best)
+        self.world.broadcast_from_main(self._save_best)
         self._charge("save_seconds")
 
     def _save_best(self) -> None:
@@ -346,22 +348,22 @@ class Trainer:
 
     def _resume(self, replace: bool) -> None:
         """Load the last checkpoint, if there is one, on every rank."""
-        state = self.world.tree_from_first(lambda: self.folder.load(replace))
+        state = self.world.broadcast_tree_from_main(lambda: self.folder.load(replace))
         if state:
             checkpoint.load_tensors(self.model, state["model"], self.folder.last)
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
         elif self.config.init == "pretrained":
-            model = self.world.first_before_others(lambda: models.initial(self.experiment, self.data.vocab_size))
+            model = self.world.main_first(lambda: models.initial(self.experiment, self.data.vocab_size))
             self.model.load_state_dict(model.state_dict())
         self.progress.sessions += 1
-        self.world.from_first(lambda: self.folder.cut_metrics(self.progress.step))
+        self.world.broadcast_from_main(lambda: self.folder.cut_metrics(self.progress.step))
 
     def _record(self) -> dict[str, Any]:
-        """All numbers of the finished run, with where they come from."""
+        """The record of the finished run: its numbers and their provenance."""
         p, model, train = self.progress, self.experiment.model, self.data.train
         steps, seconds = p.step - p.sessions, p.train_seconds - p.first_step_seconds
-        if steps < 1:  # there are only first steps
+        if steps < 1:  # every step was the first of a session
             steps, seconds = p.step, p.train_seconds
         rate = steps * self.tokens_per_step / seconds
         flops = self.model.flops_per_token()
@@ -400,7 +402,7 @@ class Trainer:
             "corpus": self.data.corpus(),
             "config": self.experiment.model_dump(mode="json"),
             "units": {
-                "loss": "nats a token, mean over the whole split",
+                "loss": "nats per token, mean over the whole split",
                 "seconds": "s",
                 "tokens_per_second": "of training alone, all ranks together, without the first step of a session",
                 "mfu": "tokens_per_second * flops_per_token / (peak_flops of a device * ranks)",
@@ -415,7 +417,7 @@ class Trainer:
 
 
 def tokens_at_once(device: hardware.Device, model: ModelConfig) -> int:
-    """Tokens that one forward pass may take where the settings do not say: on a GPU, as many as half its memory holds."""
+    """Tokens of a forward pass without a configured micro-batch: on a GPU, as many as fit into half of its memory."""
     most = TOKENS_AT_ONCE[device.kind]
     memory = hardware.gpu_memory_bytes(device)
     if memory is None or isinstance(model, CharBigramConfig):
@@ -457,11 +459,10 @@ def _listed_divisors(number: int) -> str:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[list[int]]:
-    """Collect signals that ask for a stop; a second one of the same kind has its usual effect at once.
+    """Collect the stop signals that arrive; a second one of the same kind has its usual effect at once.
 
-    But not where the process was started by torchrun, of however many ranks, which passes on what SLURM or a terminal
-    has sent to all processes already: there it would end a rank before the others have saved, and torchrun ends those
-    that stay.
+    Not under torchrun: it forwards signals that SLURM or a terminal has already sent to all processes. The second one would
+    end a rank before the others have saved, and torchrun then ends the rest.
     """
     received: list[int] = []
     launched = "TORCHELASTIC_RUN_ID" in os.environ

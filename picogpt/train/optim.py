@@ -1,6 +1,6 @@
 """Optimizers and the learning-rate schedule.
 
-AdamW takes everything, or all but the matrices of the blocks, which Muon takes.
+AdamW updates all parameters, or all but the matrices of the blocks, which Muon updates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 class Optimizer:
-    """The optimizers of a model and their schedule, as one."""
+    """The optimizers of a model and their common schedule."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int):
         self.config, self.total_steps = config, total_steps
@@ -42,32 +42,32 @@ class Optimizer:
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def step(self, step: int, skip: torch.Tensor | None = None) -> None:
-        """Update the weights from their gradients as step number `step`, counted from 0, and drop the gradients.
+        """Update the weights as step number `step`, counted from 0, and clear the gradients.
 
-        `skip`, a bool on the device, leaves the update out where it is true, without a look from the host.
+        `skip`, a bool on the device, skips the update where it is true, without synchronization with the host.
         """
         factor = learning_rate_factor(step, self.total_steps, self.config)
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             if skip is not None and isinstance(part, torch.optim.AdamW):
-                # What torch's fused kernel looks for.
+                # The attribute by which torch's fused kernel skips a step.
                 vars(part).update(grad_scale=None, found_inf=skip.float())
             part.step()
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """All that is needed to go on."""
+        """The state to resume from."""
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Go on from `state_dict`'s answer."""
+        """Restore what `state_dict` returned."""
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update, for each matrix, is replaced by the nearest orthogonal one.
+    """Nesterov momentum, with the update of each matrix replaced by the nearest orthogonal matrix.
 
     Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/.
     """
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all matrices; those of one shape together, as one batched product."""
+        """Update all matrices, those of the same shape as one batch."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for param in group["params"]:
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
                 gradients = [p.grad for p in params if p.grad is not None]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
-                # A tall matrix has fewer directions than outputs; this keeps the size of a change in its output.
+                # Muon's scale: lr * sqrt(max(1, rows / columns)).
                 lr = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(updates), alpha=-lr)
@@ -98,8 +98,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """The orthogonal factor of each matrix, (N, rows, columns), approximately: singular values land near 1.
 
-    bfloat16 suffices, as the iteration corrects its own rounding; a CPU without instructions for it, where such products
-    are many times slower, takes float32.
+    bfloat16 suffices, because the iteration corrects its own rounding; a CPU without bfloat16 instructions, where such
+    products are many times slower, uses float32.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if hardware.multiplies_bfloat16(matrices.device.type) else matrices
@@ -113,7 +113,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at `step` of `total_steps`: linear warm-up, plateau, decay."""
+    """Fraction of the peak learning rate at `step` of `total_steps`: linear warm-up, plateau, decay."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     decay_steps = config.decay_fraction * total_steps
@@ -126,7 +126,7 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
 
 
 def _sort(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters as (embeddings, matrices of the blocks, the rest: head, gains and biases)."""
+    """Parameters as (embeddings, matrices of the blocks, the rest: output layer, gains and biases)."""
     embedding_ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     embeddings, matrices, rest = [], [], []
     for name, param in model.named_parameters():

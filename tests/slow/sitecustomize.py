@@ -33,7 +33,7 @@ def hold(module):
 
     def waiting(trainer, index):
         if index == int(held) and not os.path.exists(file):
-            if trainer.world.first:
+            if trainer.world.is_main:
                 with open(f"{file}.writing", "w") as note:
                     note.write(str(os.getpid()))
                 os.replace(f"{file}.writing", f"{file}.held")
