@@ -1,4 +1,4 @@
-"""A trained GPT-2 as a folder of the Hugging Face kind, for transformers and all that reads what it writes."""
+"""Export of a trained GPT-2 to a Hugging Face folder, for transformers and compatible tools."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from picogpt.models.pretrained import TRANSPOSED
 
 
 def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
-    """Write a folder that transformers loads as a GPT2LMHeadModel with its tokenizer, all of it or nothing.
+    """Write a folder that transformers loads as a GPT2LMHeadModel with its tokenizer, atomically.
 
     Raises PicogptError when the folder exists or cannot be written.
     """
@@ -49,7 +49,7 @@ def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
 
 
 def _texts(config: GPT2Config, vocab_size: int, tokenizer: GPT2Tokenizer) -> dict[str, str]:
-    """The small files of the folder by name."""
+    """The text files of the folder by name."""
     model: dict[str, Any] = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -87,7 +87,7 @@ def _texts(config: GPT2Config, vocab_size: int, tokenizer: GPT2Tokenizer) -> dic
 
 
 def merges(tokenizer: GPT2Tokenizer) -> list[tuple[str, str]]:
-    """The pairs that each merge joins, in order, as OpenAI's files write them."""
+    """The pair of tokens of each merge, in order, in the notation of OpenAI's files."""
     pairs = []
     for token, rank in tokenizer.ranks.items():
         if rank < 256:

@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever reads half of one, and folders that only one process uses."""
+"""Atomic writes, and locks on folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def place(source: Path, target: Path) -> None:
-    """Give the content of `source` the name `target` as well, in one step; `source` stays."""
+    """Make `target` a second name of the file `source`, atomically."""
     spare = target.with_name(f".{target.name}.placing")
     spare.unlink(missing_ok=True)
     try:
@@ -55,7 +55,7 @@ def place(source: Path, target: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` in one piece."""
+    """Write `text` (UTF-8) to `path` atomically."""
     with atomic_write(path, "w") as file:
         file.write(text)
 
@@ -80,9 +80,9 @@ def sha256_file(path: str | Path) -> str:
 
 @contextmanager
 def exclusive_lock(folder: str | Path, what: str, name: str = ".lock") -> Iterator[None]:
-    """Hold `folder` for this process, or with another `name` of the lock a part of it; `what` is told in the error.
+    """Lock `folder`, or with another `name` of the lock a part of it, for this process; `what` describes its use in errors.
 
-    The lock belongs to the process, so a killed one leaves nothing to clean up.
+    The operating system releases the lock of a process that was killed.
 
     Raises PicogptError when another process holds it.
     """

@@ -1,4 +1,4 @@
-"""What is here: device, the dtype that is fast on it, threads, memory."""
+"""This machine: its device and the dtype that is fast on it, cores, memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """A device to compute on, and how to use it well."""
+    """A device, and the dtype of its matrix products."""
 
     name: str
-    """As its maker calls it, for records."""
+    """The manufacturer's name, for records."""
     torch_name: str
     """cpu, cuda:0, mps."""
     dtype: str
-    """bfloat16 or float32, for the matrix products."""
+    """bfloat16 or float32, of the matrix products."""
 
     @property
     def kind(self) -> str:
@@ -37,9 +37,9 @@ class Device:
 
 
 def size_of_machine() -> str:
-    """gpu where a GPU is here, else cpu; quick on a machine without one, so that a workflow can ask it at every start."""
+    """gpu if there is a usable GPU, else cpu; without an NVIDIA driver it does not load torch."""
     if nvidia_gpus():
-        import torch  # only where a GPU is: torch may be a CPU build, or too new for the driver
+        import torch  # only if there is a GPU, because it takes seconds: it may be a CPU build, or too new for the driver
 
         return "gpu" if torch.cuda.is_available() else "cpu"
     return "gpu" if (platform.system() == "Darwin" and platform.machine() == "arm64") else "cpu"
@@ -67,7 +67,7 @@ def nvidia_gpus() -> tuple[str, ...]:
             shown.append("a slice of an NVIDIA GPU")
         elif entry.startswith("GPU-") and (found := [name for uuid, _, name in gpus if uuid.startswith(entry)]):
             shown.append(found[0].strip())
-        else:  # CUDA too sees nothing from the first wrong entry on
+        else:  # like CUDA, ignore everything after the first invalid entry
             break
     return tuple(shown)
 
@@ -108,8 +108,8 @@ def _cpu(dtype: str) -> Device:
     return Device(name=cpu_name(), torch_name="cpu", dtype=chosen)
 
 
-# Dense bfloat16 FLOP/s with float32 sums, from NVIDIA's data sheets, by whole names: a slice of a GPU bears its name too.
-# A device that is not here has no MFU.
+# Dense bfloat16 FLOP/s with float32 accumulation, from NVIDIA's data sheets. Exact device names, so that MIG slices do not
+# match; a device that is not listed has no MFU.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -124,14 +124,14 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device by its maker's figures; None where they, or bfloat16, are not used."""
+    """Peak bfloat16 FLOP/s of a device from its data sheet; None if unknown, or if it computes in float32."""
     if device.dtype != "bfloat16":
         return None
     return PEAK_FLOPS.get(device.name)
 
 
 def peak_memory_bytes(device: Device) -> int:
-    """The most memory this process has had: resident on a CPU, allocated by torch on a GPU."""
+    """Peak memory of this process: resident on a CPU, allocated by torch on a GPU."""
     if device.kind == "cuda":
         import torch
 
@@ -143,7 +143,7 @@ def peak_memory_bytes(device: Device) -> int:
 
 
 def gpu_memory_bytes(device: Device) -> int | None:
-    """Memory of a GPU, all of it; None for other devices, which share the machine's."""
+    """Total memory of a GPU; None for other devices."""
     if device.kind != "cuda":
         return None
     import torch
@@ -152,7 +152,7 @@ def gpu_memory_bytes(device: Device) -> int | None:
 
 
 def prepare(device: Device, threads: int) -> None:
-    """Set what makes torch fast in this process: threads, and on a CPU memory that stays with the process."""
+    """Configure torch in this process: threads, and on a CPU an allocator that keeps freed memory."""
     import torch
 
     torch.set_num_threads(threads)
@@ -162,10 +162,10 @@ def prepare(device: Device, threads: int) -> None:
 
 
 def keep_memory(device: Device) -> None:
-    """Let the C library keep what is freed, for a step of training on a CPU to find again.
+    """Make glibc's malloc keep freed memory, so that a training step on a CPU reuses it.
 
-    Otherwise every large buffer is new memory, whose pages Linux clears one by one when they are first touched: a
-    tenth of the time of a step of GPT-2. Where the C library is not glibc nothing happens.
+    Otherwise every large buffer is new memory, whose pages Linux clears at the first access: a tenth of the time of a
+    training step of GPT-2. Does nothing without glibc.
     """
     if device.kind != "cpu":
         return
@@ -176,12 +176,12 @@ def keep_memory(device: Device) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(m_mmap_max, 0)  # no buffer gets a mapping of its own,
-    mallopt(m_trim_threshold, -1)  # and what is freed at the end is not given back
+    mallopt(m_mmap_max, 0)  # never allocate a buffer by mmap,
+    mallopt(m_trim_threshold, -1)  # and never return freed memory to the system
 
 
 def attention(device: Device) -> AbstractContextManager:
-    """A context in which scaled_dot_product_attention takes the backend that is fastest on `device`.
+    """A context in which scaled_dot_product_attention uses the fastest backend for `device`.
 
     On Hopper cuDNN's kernel trains about twice as fast as the flash kernel; elsewhere torch's own choice is right.
     """
@@ -208,9 +208,9 @@ def torch_dtype(device: Device) -> torch.dtype:
 
 
 def cpu_count() -> int:
-    """Cores this process may use; fewer than the machine has inside a container or a batch job."""
+    """Cores that this process may use; in a container or a batch job fewer than the machine has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # What SLURM gave to the job on a node, as "8" or "8(x2),4": without cgroups nothing else holds it to that.
+    # Cores of the SLURM job per node, as "8" or "8(x2),4": without cgroups nothing else limits the job.
     counts = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
     cores = max(1, min([cores, *map(int, counts)]))
     try:  # a container's share of the CPU, as "200000 100000" microseconds
@@ -247,7 +247,7 @@ def multiplies_bfloat16(kind: str) -> bool:
 
 
 def cpu_name() -> str:
-    """Model name of the CPU, with family and model number where a virtual machine hides which model it is."""
+    """Model name of the CPU, with family and model number if a virtual machine hides the model."""
     info = _cpu_info()
     name = info.get("model name") or platform.processor() or platform.machine()
     if re.search(r"\d", name) or not {"cpu family", "model"} <= info.keys():

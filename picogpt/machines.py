@@ -43,7 +43,7 @@ def name_of(name: str) -> str:
 
 
 def here() -> tuple[str, list[str]]:
-    """(kind, device names) of what would be trained on here: the GPUs that torch can use, or else the CPU."""
+    """(kind, names) of the devices for training: the GPUs that torch can use, or else the CPU."""
     gpus = hardware.nvidia_gpus()
     return ("cuda", list(gpus)) if gpus and hardware.size_of_machine() == "gpu" else ("cpu", [hardware.cpu_name()])
 
@@ -63,12 +63,12 @@ def fitting() -> list[str]:
 
 
 def require(name: str, machine: MachineConfig, device: hardware.Device, world_size: int) -> None:
-    """Raises UsageError, naming both devices, when a benchmark for `machine` was asked for on another one."""
+    """Raises UsageError, naming both devices, when a benchmark for `machine` is run on a different one."""
     if device.kind != machine.kind or not re.fullmatch(machine.device, device.name):
         fits = ", ".join(fitting()) or "none; picogpt hardware prints a draft"
         raise UsageError(
             f"hardware {name} is {machine.title} ({machine.kind}, {machine.device}), and this device is {device.name}"
-            f" ({device.kind}): its numbers would stand under a wrong name. Hardware that fits here: {fits}"
+            f" ({device.kind}): its numbers would be listed under a wrong name. Hardware that fits here: {fits}"
             + (
                 "; on a cluster, gpu_model in the profile asks for the right GPUs"
                 if "SLURM_JOB_ID" in os.environ
@@ -86,7 +86,7 @@ def require(name: str, machine: MachineConfig, device: hardware.Device, world_si
 
 
 def draft() -> str:
-    """A file for this machine, filled in as far as it can be told, as YAML with comments."""
+    """A draft of a file for this machine, as YAML."""
     kind, devices = here()
     rungs = [
         rung

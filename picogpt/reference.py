@@ -20,7 +20,7 @@ SUMS = "SHA256SUMS"
 CORPUS = "tinyshakespeare"
 RECORDS = ("results/records/**/*.json", "weights/*/{run}/record.json", "weights/gpt2/{run}/*/record.json")
 PAGES = ("results/summary.csv", "results/report.md")
-# How the kinds of records begin that a whole run has.
+# Prefixes of the kinds of records that a complete run has.
 WHOLE = ("train char-bigram", "train char-transformer", "train gpt2", "ladder ", "evaluate gpt2 ", "sampling gpt2 ")
 
 
@@ -41,7 +41,7 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
             f"the source of picogpt {state}: reference records must say which code made them; commit first"
         )
     paths = [path for pattern in RECORDS for path in sorted(root.glob(pattern.format(run=run)))]
-    # What the hub did not give may join later; what this device cannot do, and why, is part of the run.
+    # Without records of what the hub did not provide; what this device cannot do, and why, is part of the run.
     found = {path: record for path in paths if "reason" not in (record := records.read(path))}
     if not found:
         raise PicogptError(f"{root.resolve()} has no records of the run {run!r}: make report makes them")
@@ -60,7 +60,7 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     lacking += [page for page in PAGES if not (root / page).exists()]
     if lacking:
         raise PicogptError(f"a reference is a whole run, and {root.resolve()} lacks {', '.join(lacking)}: make report")
-    # What was kept before goes when the new copy is whole.
+    # An earlier copy is deleted once the new one is complete.
     new = root / "results/.reference", root / "media/.reference"
     for folder in new:
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +69,7 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
         shutil.copyfile(path, new[0] / f"{record['kind'].replace(' ', '_')}.json")
     for page in PAGES:
         text = read_text(root / page)
-        for name in sorted(set(re.findall(r"\]\(\.\./media/([^)]+)\)", text))):  # of this run, whatever else lies there
+        for name in sorted(set(re.findall(r"\]\(\.\./media/([^)]+)\)", text))):  # only pictures of this run
             shutil.copyfile(root / "media" / name, new[1] / name)
         write_text(new[0] / Path(page).name, text.replace("](../media/", f"](../../../media/reference/{device}/"))
     for source, folder in zip(new, folders, strict=True):
@@ -81,7 +81,7 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
 
 
 def check(folder: Path) -> None:
-    """Raises PicogptError naming the file in `folder` that was changed, added or lost since it was kept."""
+    """Raises PicogptError naming a file in `folder` that was changed, added or deleted since it was kept."""
     sums = folder / SUMS
     lines = read_text(sums).splitlines() if sums.exists() else []
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -106,7 +106,7 @@ def slug(device: dict[str, Any]) -> str:
 
 
 def require_good(path: Path, record: dict[str, Any]) -> None:
-    """Raises PicogptError where a record does not say what it stands on, or stands on what could mislead."""
+    """Raises PicogptError when a record lacks its provenance, or when that would make it misleading."""
     if not record["commit"] or record["dirty"]:
         state = "with uncommitted changes" if record["commit"] else "at no commit"
         raise PicogptError(f"{path} was measured {state}: measure it again from a clean checkout")

@@ -1,4 +1,4 @@
-"""The trainings in weights/: which there are, how far they came, and in what two of them differ. Needs no torch."""
+"""Lists the trainings in weights/ with their progress, and compares two of them. Does not load torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXECUTION = ("commit", "dirty", "ranks", "threads", "micro_batch_size", "compile
 
 
 class Run(Settings):
-    """One training. What a run that is not finished does not tell is None."""
+    """One training. Values that an unfinished run does not have yet are None."""
 
     folder: str
     name: str
@@ -29,21 +29,21 @@ class Run(Settings):
     corpus: str | None = None
     parameters: int | None = None
     steps: int | None = None
-    """Done so far: of a run that is not finished, those in its metrics."""
+    """Steps done; of an unfinished run, those in its metrics."""
     epochs: float | None = None
     best_val_loss: float | None = None
-    """Nats a token."""
+    """In nats per token."""
     tokens_per_second: float | None = None
     train_seconds: float | None = None
     ranks: int | None = None
     device: str | None = None
     date: AwareDatetime
-    """Of the record; of a run that is not finished, of the last line of its metrics."""
+    """Date of the record; of an unfinished run, of the last line of its metrics."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A value that two records do not share; None where a record has none."""
+    """A value that differs between two records; None if a record has none."""
 
     section: str
     key: str
@@ -66,7 +66,7 @@ def folders(weights: Path, model: str | None = None) -> list[Path]:
 
 
 def listed(weights: Path, model: str | None = None) -> tuple[list[Run], list[PicogptError]]:
-    """All trainings in `weights`, the newest first, and what is wrong with the records that cannot be read."""
+    """All trainings in `weights`, newest first, and the errors of records that cannot be read."""
     runs, damaged = [], []
     for folder in folders(weights, model):
         try:
@@ -96,7 +96,7 @@ def find(name: str, weights: Path) -> Path:
 
 
 def differences(first: Path, second: Path) -> list[Difference]:
-    """All in which the records of two trainings differ, but for the time at which they were written.
+    """All differences between the records of two trainings, except for their date.
 
     Raises PicogptError when one is not finished, or its record cannot be read.
     """
@@ -169,7 +169,7 @@ def _finished(folder: Path, weights: Path) -> Run:
 
 
 def _begun(folder: Path, weights: Path) -> Run:
-    """A run without a record: what its metrics tell. They may be written at this moment, so the last line may be torn."""
+    """A run without a record, from its metrics. They may be being written, so the last line may be incomplete."""
     model, name, *corpus = folder.relative_to(weights).parts
     metrics = folder / "checkpoints/metrics.jsonl"
     rows = _whole_rows(metrics)
@@ -193,7 +193,7 @@ def _begun(folder: Path, weights: Path) -> Run:
 
 
 def _whole_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The lines up to the first that is torn."""
+    """The lines before the first incomplete one."""
     rows: list[dict[str, Any]] = []
     for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""How the cost of data grows: that of tokenizing with the number of cores, that of reading with the number of shards."""
+"""The cost of data: tokenizing by number of cores, reading by number of shards."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def measure(
 
 
 def _documents(path: Path, characters: int) -> list[str]:
-    """The text, cut at line breaks into documents and repeated to about so many characters."""
+    """The text, split at line breaks into documents and repeated to about this many characters."""
     text = read_text(path)
     if not text:
         raise PicogptError(f"{path} is empty")
@@ -140,7 +140,7 @@ def _reading(counts: Sequence[int], windows: int, vocab_size: int) -> dict[str, 
 
 
 def _simulate(folder: Path, count: int, vocab_size: int) -> None:
-    """A corpus of so many small shards, all with the same ids, and its manifest."""
+    """A corpus of `count` small shards, all with the same ids, and its manifest."""
     ids = np.random.default_rng(0).integers(vocab_size, size=SHARD_TOKENS, dtype=np.uint16)
     digest = hashlib.sha256(ids.tobytes()).hexdigest()
     header = Header(

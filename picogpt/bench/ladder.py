@@ -1,4 +1,4 @@
-"""The training ladder: what each optimization buys on a machine, one rung a process, each with all that stand before it.
+"""The training ladder: the speed-up of each optimization on a machine; each rung is a process and includes those before it.
 
 A step is forward, backward and AdamW on the same batches from the same weights, without clipping. Steps are timed one
 by one. The first rung is what a textbook writes down; the losses of all show that they train the same model.
@@ -36,7 +36,7 @@ TRAIN = TrainConfig(seed=1337, steps=1, learning_rate=1e-4, betas=(0.9, 0.95), w
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 LISTED_KERNELS = 12
 FUSED = ("flash", "fmha", "cudnn_sdp", "cudnn_generated", "efficient_attention", "blockedattention")
-"""Parts of the names of kernels that are attention in one."""
+"""Parts of the names of fused attention kernels."""
 
 
 def attention_written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -58,7 +58,7 @@ def plain_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def padded_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The same with the table padded to a multiple of 64 rows, whose columns take no part in the softmax."""
+    """The same with the table padded to a multiple of 64 rows, which are excluded from the softmax."""
     V = weight.size(0)
     logits = F.linear(x, F.pad(weight, (0, 0, 0, -V % COLUMNS)))
     beyond = torch.arange(logits.size(1), device=x.device) >= V
@@ -67,7 +67,7 @@ def padded_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
 
 @dataclass(frozen=True)
 class Setup:
-    """How a step is made."""
+    """The configuration of a training step."""
 
     tf32: bool = False
     bfloat16: bool = False
@@ -100,7 +100,7 @@ GRAPHS = ("cuda_graphs", "max_autotune")
 
 
 def lacks(rung: str, device: hardware.Device) -> str | None:
-    """Why `device` cannot climb `rung`, or None when it can."""
+    """Why `device` cannot run `rung`, or None if it can."""
     on_gpu = device.kind == "cuda"
     if rung == "bf16" and device.dtype != "bfloat16":
         return f"{device.name} has no instructions for bfloat16"
@@ -114,7 +114,7 @@ def lacks(rung: str, device: hardware.Device) -> str | None:
 
 
 def setup_of(machine: MachineConfig, rung: str, device: hardware.Device) -> Setup:
-    """The changes of all rungs up to `rung`, those left out that the device lacks."""
+    """The changes of all rungs up to `rung`, without those that the device lacks."""
     setup = Setup()
     for name in machine.rungs[: machine.rungs.index(rung) + 1]:
         if not lacks(name, device):
@@ -123,7 +123,7 @@ def setup_of(machine: MachineConfig, rung: str, device: hardware.Device) -> Setu
 
 
 class Rung:
-    """A model, its optimizer, and a step of training as `setup` says."""
+    """A model, its optimizer, and a training step configured by `setup`."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Rung:
             self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
 
     def try_one(self, tokens: torch.Tensor) -> None:
-        """Forward and backward of tokens (B, T) on this rank alone; the gradients are dropped."""
+        """Forward and backward pass of tokens (B, T) on this rank only; the gradients are discarded."""
         autocast = torch.autocast(self.device.kind, torch.bfloat16, enabled=self.setup.bfloat16)
         module = self.forward.module if isinstance(self.forward, DistributedDataParallel) else self.forward
         with autocast, hardware.attention(self.device) if self.setup.best_backend else nullcontext():
@@ -197,7 +197,7 @@ class Rung:
 def measure(
     name: str, machine: MachineConfig, rung: str, config: GPT2Config, data: TokenData, world: World
 ) -> dict[str, Any]:
-    """The record of one rung. Where the memory does not suffice, with the largest micro-batch that fits.
+    """The record of one rung; if memory does not suffice, with the largest micro-batch that fits.
 
     Raises UsageError on another device or with another number of ranks than the machine has, PicogptError when a loss
     is not finite.
@@ -231,7 +231,7 @@ def measure(
             "tokens_per_second": "of all ranks, by the median step",
             "mfu": "tokens_per_second * flops_per_token / (peak_flops of a device * ranks)",
             "first_step_seconds": "s; compilation happens here, on several ranks with a step of each alone before it",
-            "losses": "nats a token, of each step, the ones before the clock counts included",
+            "losses": "nats per token, of each step, including the untimed ones",
             "peak_memory_bytes": "of one rank: resident on a CPU, allocated on a GPU",
             "kernels": "s of one step under the profiler",
         },
@@ -296,7 +296,7 @@ def _climb(
     world: World,
     micro_batch_size: int,
 ) -> dict[str, Any]:
-    """Train for the steps of the machine; the numbers of a record."""
+    """Train for the configured steps; returns the results of a record."""
     torch.compiler.reset()
     if device.kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -354,7 +354,7 @@ def _climb(
 
 
 def _require_memory(climber: Rung, machine: MachineConfig, world: World) -> float:
-    """On several ranks: raise the same on all where a micro-batch does not fit on one; in a step the others would wait.
+    """On several ranks, raise on all of them if a micro-batch does not fit on one, for which the others would wait in a step.
 
     Returns the seconds it took; 0 on one rank, where nothing is done.
     """
@@ -381,7 +381,7 @@ def _synchronize(device: hardware.Device) -> None:
 
 
 def _kernels(step: Callable[[], object], device: hardware.Device) -> dict[str, float]:
-    """The kernels in which one more step spends its time, on a CPU operators, the longest first: name and seconds."""
+    """The kernels (operators on a CPU) of one more step by time, longest first: name and seconds."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.kind == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

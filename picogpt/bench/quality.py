@@ -1,4 +1,4 @@
-"""What a model knows, in the dtype in which it samples: its loss on the validation text, and texts from given prompts."""
+"""Evaluation of a model in the dtype of sampling: its validation loss, and continuations of prompts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measure(
     where = hardware.select(device, "float32")  # no autocast: the weights have the dtype that is measured
     provenance = records.provenance(where)
     model = prepare(model, device, dtype, decoding=False)
-    # A specialized head makes all logits of a batch: one sequence at a time.
+    # A specialized output layer computes all logits of a batch at once, so evaluate one sequence at a time.
     fused = not isinstance(model, GPT2) or isinstance(model.head, TiedHead)
     loss = evaluate(model, data.val.ids, where, batch_size=None if fused else 1)
     texts = []
@@ -60,6 +60,6 @@ def measure(
             "num_tokens": num_tokens,
             "seed": seed,
         },
-        "units": {"val_loss": "nats a token, mean over the whole split"},
+        "units": {"val_loss": "nats per token, mean over the whole split"},
         "results": {"val_loss": loss, "texts": texts},
     }

@@ -1,4 +1,4 @@
-"""Sampling speed: tokens a second of whole runs, each run listed."""
+"""Sampling throughput in tokens/s over whole runs, with every run listed."""
 
 from __future__ import annotations
 

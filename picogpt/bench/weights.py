@@ -1,4 +1,4 @@
-"""What trained weights weigh on disk."""
+"""Sizes of weight files on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from picogpt.errors import PicogptError
 
 
 def measure(files: Mapping[str, Path], missing: Mapping[str, str]) -> dict[str, Any]:
-    """The record of the sizes of weight files, in bytes by name; of what is `missing` the reasons.
+    """The record of the sizes of weight files, in bytes by name, and of the reasons why others are `missing`.
 
     Raises PicogptError when a file cannot be read.
     """

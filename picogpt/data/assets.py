@@ -1,4 +1,4 @@
-"""Assets from outside: fetched once, from a mirror, an address or a package index, and verified.
+"""Files from outside: downloaded once, from a mirror, a URL or a package index, and verified.
 
 The registry is `config/assets.yaml`.
 """
@@ -32,7 +32,7 @@ CHUNK_BYTES = 1 << 16
 
 
 class File(Settings):
-    """A file from outside."""
+    """A registered file with its size and hash."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     size: int
@@ -40,7 +40,7 @@ class File(Settings):
 
 
 class Archive(File):
-    """A source distribution of a Python package index, and the parts of it that make up an asset."""
+    """A source distribution on a Python package index, and its members that make up an asset."""
 
     project: str
     member: str
@@ -48,7 +48,7 @@ class Archive(File):
 
 
 class Asset(File):
-    """What can be asked for by name."""
+    """A registered asset."""
 
     kind: Literal["corpus", "tokenizer"]
     title: str
@@ -78,7 +78,7 @@ def identify(sha256: str) -> str | None:
 
 
 def fetch(name: str, folder: str | Path) -> Path:
-    """Bring the asset `name` into `folder`; ask nobody when it is there already.
+    """Download the asset `name` into `folder`; without any request if it is there already.
 
     Raises Unreachable when no source answers, PicogptError when one serves other bytes.
     """
@@ -95,7 +95,7 @@ def fetch(name: str, folder: str | Path) -> Path:
 
 
 def fetch_first(names: Sequence[str], folder: str | Path) -> tuple[str, Path]:
-    """Bring the first asset of `names` that can be had into `folder`; return its name and path.
+    """Download the first asset of `names` that is available into `folder`; return its name and path.
 
     Raises Unreachable, with the reason for each, when none can be had.
     """
@@ -147,7 +147,7 @@ def _copy(source: Path, file: File, target: Path) -> None:
     except OSError as error:
         raise Unreachable(error.strerror or str(error)) from error
     with incoming, _incoming(target).open("wb") as outgoing:
-        # One byte more than the size is enough to know that the file is another.
+        # One byte more than the expected size is enough to know that the file differs.
         outgoing.write(incoming.read(file.size + 1))
     _accept(str(source), file, target)
 
@@ -161,7 +161,9 @@ def _download(address: str, file: File, target: Path) -> None:
         try:
             resumed = part.exists()
             _receive(address, file, part)
-            if resumed and sha256_file(part) != file.sha256:  # perhaps what was kept is to blame: once from the start
+            if (
+                resumed and sha256_file(part) != file.sha256
+            ):  # the part kept from before may be damaged: download once from the start
                 part.unlink()
                 _receive(address, file, part)
             return _accept(address, file, target)
@@ -171,7 +173,7 @@ def _download(address: str, file: File, target: Path) -> None:
                 break
         except requests.ConnectionError as error:
             failure = f"no connection ({innermost(error)})"
-            # A host that cannot be reached at all is not asked again; one that hung up halfway is.
+            # Retry a host that closed the connection halfway, not one that cannot be reached at all.
             if not part.exists() or part.stat().st_size == 0:
                 break
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -183,21 +185,21 @@ def _download(address: str, file: File, target: Path) -> None:
 
 
 def _receive(address: str, file: File, part: Path) -> None:
-    """Append to `part` what is missing of `file`. Raises the errors of requests and urllib3."""
+    """Download the rest of `file` and append it to `part`. Raises the errors of requests and urllib3."""
     have = part.stat().st_size if part.exists() else 0
     if have >= file.size:
         return
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         response.raise_for_status()
-        # A server that ignores Range sends all of it again.
+        # A server that ignores Range sends the whole file again.
         resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if not resumed:
             have = 0
         with open(part, "ab" if resumed else "wb") as out, transfer(file.file, total=file.size, start=have) as advance:
-            # Not iter_content: it holds back, and loses, what came just before a hang-up.
+            # Not iter_content, which buffers, and loses, what arrived just before the connection closed.
             for chunk in iter(lambda: response.raw.read1(CHUNK_BYTES), b""):
-                # A hostile server could send without end.
+                # A hostile server could send endlessly.
                 chunk = chunk[: file.size + 1 - have]
                 out.write(chunk)
                 have += len(chunk)
@@ -209,7 +211,7 @@ def _receive(address: str, file: File, part: Path) -> None:
 
 
 def _accept(source: str, file: File, target: Path) -> None:
-    """Give the received file its name if it is the registered one, else delete it."""
+    """Rename the downloaded file to its final name if its hash is right, else delete it."""
     part = _incoming(target)
     actual, size = sha256_file(part), part.stat().st_size
     if actual != file.sha256:
@@ -222,7 +224,7 @@ def _accept(source: str, file: File, target: Path) -> None:
 
 
 def _without_password(address: str) -> str:
-    """The address as it may stand in a log."""
+    """The URL without credentials, for logs."""
     return re.sub(r"(?<=://)[^/@]*@", "", address)
 
 
@@ -231,7 +233,7 @@ def _incoming(target: Path) -> Path:
 
 
 def _build(asset: Asset, archive: Archive, target: Path) -> None:
-    """Fetch the archive, write its parts one after another into `target`, and drop it."""
+    """Download the archive, write its members one after another into `target`, and delete it."""
     path = target.parent / archive.file
     if not is_whole(path, archive):
         _obtain(archive, path, lambda: _index_addresses(archive))
@@ -245,7 +247,7 @@ def _build(asset: Asset, archive: Archive, target: Path) -> None:
 
 
 def _index_addresses(archive: Archive) -> list[str]:
-    """Where the package index that pip is set to has the archive. Raises Unreachable."""
+    """The URL of the archive on the package index that pip is configured with. Raises Unreachable."""
     from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
 
     options = _pip_options()
@@ -261,7 +263,7 @@ def _index_addresses(archive: Archive) -> list[str]:
 
 
 def _pip_options() -> dict[str, str]:
-    """The options that pip itself would use, by name; those of the environment win, as they do in pip."""
+    """The options that pip itself would use, by name; environment variables take precedence, as in pip."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()

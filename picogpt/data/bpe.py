@@ -50,7 +50,7 @@ class GPT2Tokenizer:
 
     @classmethod
     def fetched(cls, folder: str | Path) -> GPT2Tokenizer:
-        """The tokenizer from the file in `folder`, which is fetched first where it is missing.
+        """The tokenizer from the file in `folder`, which is downloaded first if it is missing.
 
         Raises Unreachable when no source answers.
         """
@@ -83,7 +83,7 @@ class GPT2Tokenizer:
         return ids[:-1]
 
     def encode_batches(self, batches: Iterable[Sequence[str]], threads: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """For each batch, in order, how many documents it has and their ids, each ended by `<|endoftext|>`.
+        """For each batch, in order, its number of documents and their ids, each terminated by `<|endoftext|>`.
 
         As `encode_documents`; and while one batch is taken, the next one is read and encoded.
         """
@@ -95,7 +95,7 @@ class GPT2Tokenizer:
                 parts += [part.result().astype(np.uint16), end] if last else [part.result().astype(np.uint16)]
             return np.concatenate(parts)
 
-        with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:  # tiktoken lets go of Python's lock
+        with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:  # tiktoken releases the GIL
             ahead: deque[tuple[int, list[tuple[bool, Future[np.ndarray]]]]] = deque()
             for documents in batches:
                 pieces = [
@@ -111,7 +111,7 @@ class GPT2Tokenizer:
                 yield count, ids_of(pieces)
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """Text of token ids; what is no UTF-8 becomes U+FFFD."""
+        """Text of token ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
@@ -120,7 +120,7 @@ class GPT2Tokenizer:
 
 
 def fetch_ranks(folder: str | Path) -> Path:
-    """Bring the merge ranks into `folder`: made from OpenAI's merges, or read out of a source distribution.
+    """Download the merge ranks into `folder`: computed from OpenAI's merges, or read from a source distribution.
 
     Raises Unreachable, with the reason for each source, when none answers.
     """

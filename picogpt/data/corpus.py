@@ -1,4 +1,4 @@
-"""A tokenized corpus: made from texts, and opened again, be it two token files or many shards."""
+"""A tokenized corpus: made from texts, and opened as two token files or as many shards."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def tokenize_gpt2(
 
 
 def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
-    """The text in two, the last `val_fraction` of its characters for validation."""
+    """The text split in two, with the last `val_fraction` of its characters for validation."""
     text = read_text(path)
     if not text:
         raise PicogptError(f"{path} is empty")
@@ -112,7 +112,7 @@ def _write(
     text_sha256: str,
     save_tokenizer: Callable[[], None],
 ) -> TokenData:
-    """Write the token files of both splits, and what else the tokenizer keeps, into `folder`."""
+    """Write the token files of both splits and the tokenizer's own file into `folder`."""
     data_sha256 = hashlib.sha256(b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in parts)).hexdigest()
     with exclusive_lock(folder, "tokenizing"):
         for split, ids in zip(SPLITS, parts, strict=True):

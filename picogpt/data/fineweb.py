@@ -52,7 +52,7 @@ class Dataset(Settings):
 
 @functools.cache
 def dataset() -> Dataset:
-    """What the registry says."""
+    """The registered data set."""
     path = config_folder() / "fineweb.yaml"
     return parse(Dataset, read_yaml(path)[NAME], f"{path}, {NAME}")
 
@@ -75,7 +75,7 @@ def tokenize(
     file: str | Path | None = None,
     threads: int = 0,
 ) -> Path:
-    """Write the tokens of a shard into `folder` and return their file; where it is whole already, do nothing.
+    """Write the tokens of a shard into `folder` and return their file; does nothing if it is complete already.
 
     The first `val_documents` of the first shard go to `val.bin`. Every document ends with `<|endoftext|>`. The text comes
     from `file`, or from the cache of the hub's client; nobody is asked for it. On `threads` cores, 0 for all; the
@@ -158,7 +158,7 @@ def _open(path: Path) -> pq.ParquetFile:
     import pyarrow.parquet
 
     try:
-        # As they come by default, a whole row group, or all of them, would be read into memory at once.
+        # With the defaults a whole row group, or the whole file, would be read into memory at once.
         table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
     except (OSError, pyarrow.ArrowException) as error:
         raise PicogptError(f"{path} is no parquet file: {error}") from error
@@ -171,7 +171,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _documents(table: pq.ParquetFile, path: Path) -> Iterator[str]:
-    """The texts, in their order; one row group at a time is read. Raises PicogptError when one cannot be read."""
+    """The texts in order, read one row group at a time. Raises PicogptError when one cannot be read."""
     import pyarrow
 
     for group in range(table.num_row_groups):

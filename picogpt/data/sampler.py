@@ -32,7 +32,7 @@ class Sampler:
 
     def __init__(self, ids: Ids, block_size: int, batch_size: int, seed: int):
         self.ids, self.block_size, self.batch_size, self.seed = ids, block_size, batch_size, seed
-        # One block is set aside for the offset, one token for the last target.
+        # One block is reserved for the random offset, and one token for the last target.
         self.windows = (len(ids) - block_size) // block_size
         if self.windows < 1:
             raise PicogptError(

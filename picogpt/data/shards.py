@@ -61,7 +61,7 @@ class Manifest(Settings):
     val: Part
 
     def header(self) -> Header:
-        """What a single file with all tokens for training would say of itself."""
+        """The header that a single file with all training tokens would have."""
         sources = [part.source_sha256 for part in self.train]
         return Header(
             version=VERSION,
@@ -77,7 +77,7 @@ class Manifest(Settings):
 
 
 class ShardedTokens:
-    """The ids of many files, read like one array: slices alone, and a file is opened when a slice lies in it.
+    """The ids of many files, read like one array by slices; a file is opened when a slice first needs it.
 
     Slices are found by bisection, and files stay open, so that a slice costs the same however many files there are.
     """
@@ -160,7 +160,7 @@ def open_shards(folder: str | Path) -> TokenData:
 
     train = TokenFile(path, manifest.header(), ShardedTokens([part.count for part in manifest.train], open_part))
     val = _open(folder, manifest.val, manifest)
-    val.check(val.ids[:])  # an evaluation reads all of it, and batches of a training are checked as they come
+    val.check(val.ids[:])  # evaluation reads all of it; training batches are checked one by one
     return TokenData(train, val)
 
 
@@ -203,7 +203,7 @@ def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) ->
 
 
 def is_whole(path: Path, expected: Header) -> bool:
-    """Whether `path` is an undamaged token file of what `expected` says: source, tokenizer, corpus, documents."""
+    """Whether `path` is an undamaged token file with this source, tokenizer, corpus and these documents."""
     if not path.exists():
         return False
     try:
@@ -217,7 +217,7 @@ def is_whole(path: Path, expected: Header) -> bool:
 
 
 def _inspect(path: Path, number: int, source: str, source_sha256: str) -> tuple[Part, Header]:
-    """What the manifest says of a token file, and its header."""
+    """The manifest's entry for a token file, and the file's header."""
     if not path.exists():
         raise PicogptError(f"{path} is not there: tokenize shard {number}")
     tokens = open_tokens(path, check=False)
@@ -244,7 +244,7 @@ def _inspect(path: Path, number: int, source: str, source_sha256: str) -> tuple[
 
 
 def _require_same(path: Path, header: Header, other_path: Path, other: Header, corpus: str) -> None:
-    """Raises PicogptError where two files are not of one corpus."""
+    """Raises PicogptError when two files belong to different corpora."""
     if header.corpus != corpus:
         raise PicogptError(f"{path} is of the corpus {header.corpus}, not {corpus}: tokenize it into another folder")
     for field in ("tokenizer_sha256", "vocab_size", "dtype"):
@@ -277,5 +277,5 @@ def _hash_of_ids(tokens: TokenFile) -> str:
 
 
 def _sha256(train: Sequence[Part], val: Part) -> str:
-    """Identity of all ids; that of a single shard is what `train.bin` and `val.bin` of the same ids would have."""
+    """Hash of all ids; for a single shard the same as that of `train.bin` and `val.bin` with the same ids."""
     return hashlib.sha256(b"".join(bytes.fromhex(part.sha256) for part in (*train, val))).hexdigest()

@@ -1,4 +1,4 @@
-"""What all tokenizers do, and the one that takes a character for a token."""
+"""The interface of tokenizers, and the character tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     end_of_text: int | None
-    """The id that ends a document, where there is one."""
+    """The id that ends a document; None if the vocabulary has none."""
 
     @property
     def vocab_size(self) -> int:
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids. Raises UsageError when the text has what the vocabulary lacks."""
+        """Token ids. Raises UsageError when the text has characters that the vocabulary lacks."""
         ...
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
@@ -42,12 +42,12 @@ class Tokenizer(Protocol):
         ...
 
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
-        """The same in UTF-8, where a token may end inside a character."""
+        """UTF-8 bytes of token ids; a token may end inside a character."""
         ...
 
 
 class CharTokenizer:
-    """One token a character; ids in the order of the code points."""
+    """One token per character; ids in the order of the code points."""
 
     end_of_text: int | None = None
 

@@ -1,4 +1,4 @@
-"""Token files: a header that says what they hold, then the ids, read by memory map.
+"""Token files: a header that describes the content, then the ids, which are memory-mapped.
 
 8 bytes   magic "PICOGPT\\n"
 4 bytes   length of the header, little endian
@@ -28,13 +28,13 @@ ALIGNMENT = 64
 LARGEST_HEADER = 1 << 16
 DTYPES = ("uint8", "uint16", "uint32")
 SPLITS = ("train", "val")
-# Beyond this, reading every id at the start would take longer than it is worth; batches are checked as they come.
+# Larger files are not checked at the start, which would take too long; their batches are checked one by one.
 CHECKED_COUNT = 1 << 26
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a token file says of itself."""
+    """The header of a token file."""
 
     version: int
     dtype: str
@@ -48,9 +48,9 @@ class Header:
     """Hash of the ids of both splits: files that belong together have the same, and a run knows its data by it.
     In a file of a shard: of the ids in it; the manifest has the hash of all."""
     first_document: int | None = None
-    """In a file of a shard: which document of its source is the first one here."""
+    """In a file of a shard: the index of its first document in the source."""
     documents: int | None = None
-    """In a file of a shard: how many there are. Each ends with `<|endoftext|>`."""
+    """In a file of a shard: the number of documents, each terminated by `<|endoftext|>`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class TokenData:
-    """The two halves of a tokenized corpus."""
+    """The training and validation tokens of a corpus."""
 
     train: TokenFile
     val: TokenFile
@@ -96,14 +96,14 @@ class TokenData:
 
 
 def write_tokens(path: str | Path, ids: np.ndarray, header: Header) -> None:
-    """Write a token file in one piece."""
+    """Write a token file atomically."""
     with atomic_write(path) as file:
         file.write(_head(header))
         file.write(_bytes(ids, header))
 
 
 class TokenStream:
-    """A token file that is being written: the ids come in parts, and the header when they are known."""
+    """A token file that is being written in parts; the header is written last."""
 
     def __init__(self, file: IO[bytes], header: Header):
         self._file, self._header, self._hash = file, header, hashlib.sha256()
@@ -130,7 +130,7 @@ class TokenStream:
 
 @contextmanager
 def streaming(path: str | Path, header: Header) -> Iterator[TokenStream]:
-    """Write a token file part by part, whatever its length; `header` says all but count, documents and data_sha256."""
+    """Write a token file of any length in parts; `header` has all fields but count, documents and data_sha256."""
     with atomic_write(path) as file:
         stream = TokenStream(file, header)
         yield stream
@@ -138,7 +138,7 @@ def streaming(path: str | Path, header: Header) -> Iterator[TokenStream]:
 
 
 def _head(header: Header, room: int = 0) -> bytes:
-    """What stands before the ids: at least `room` bytes, a multiple of 64."""
+    """The bytes before the ids: at least `room` of them, a multiple of 64."""
     text, start = json.dumps(asdict(header)).encode(), len(MAGIC) + 4
     text = text.ljust(max(room - start, len(text) + -(start + len(text)) % ALIGNMENT))
     return MAGIC + len(text).to_bytes(4, "little") + text
@@ -149,7 +149,7 @@ def _bytes(ids: np.ndarray, header: Header) -> bytes:
 
 
 def open_tokens(path: str | Path, check: bool = True) -> TokenFile:
-    """Open a token file; with `check`, and unless it is very large, look at every id in it.
+    """Open a token file; with `check`, and unless it is very large, check every id in it.
 
     Raises PicogptError when it is missing, foreign, of another version, cut short, or holds an id that is no token.
     """

@@ -39,7 +39,7 @@ class KVCache:
         self.causal = False
 
     def start(self, count: int) -> torch.Tensor:
-        """Prepare for `count` new tokens a row; return their positions, (T,), or (B, T) with padding."""
+        """Prepare for `count` new tokens per row; return their positions, (T,), or (B, T) with padding."""
         self._fixed_step = self.fixed and self.length > 0
         if self._fixed_step:
             queries, keys = self.slot, self.slots

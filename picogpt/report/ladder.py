@@ -1,4 +1,4 @@
-"""The records of a training ladder, put together: each rung beside the first one."""
+"""Combines the records of a training ladder: each rung relative to the baseline."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from picogpt.config import MachineConfig
 from picogpt.errors import PicogptError
 
 LOSS_TOLERANCE = 0.05
-"""Nats by which the last loss of a rung may differ from the baseline's: the same training, rounded otherwise."""
+"""Nats by which the last loss of a rung may differ from the baseline's, because of rounding."""
 SAME = (
     ("device", "name"), ("device", "cores"), ("corpus", "text_sha256"),
     ("config", "model"), ("config", "hardware", "batch_size"), ("config", "hardware", "block_size"),
 )  # fmt: skip
-"""What all rungs of a ladder share: where it stands in their records."""
+"""Keys of the record that all rungs of a ladder must share."""
 
 
 def kind(hardware: str, rung: str) -> str:
@@ -35,7 +35,7 @@ def of(hardware: str, by_kind: Mapping[str, dict[str, Any]]) -> dict[str, dict[s
 
 
 def compare_with_baselines(by_kind: Mapping[str, dict[str, Any]]) -> None:
-    """Add to the results of each rung, in place, what only shows beside the baseline of its machine.
+    """Add to the results of each rung, in place, its comparison with the baseline of its machine.
 
     speedup: tokens/s over the baseline's. loss_difference: last loss less the baseline's, nats. Both None without one.
 
@@ -57,7 +57,7 @@ def compare_with_baselines(by_kind: Mapping[str, dict[str, Any]]) -> None:
 
 
 def shape(machine: MachineConfig, rungs: Mapping[str, dict[str, Any]]) -> tuple[int, int]:
-    """(sequences of a step, tokens of each) as they were measured; of the machine's file where nothing was."""
+    """(sequences per step, tokens per sequence) as measured, or else from the machine's file."""
     measured = next((record["config"]["hardware"] for record in rungs.values()), None)
     if measured is None:
         return machine.batch_size, machine.block_size
@@ -65,7 +65,7 @@ def shape(machine: MachineConfig, rungs: Mapping[str, dict[str, Any]]) -> tuple[
 
 
 def largest_difference(rungs: Mapping[str, dict[str, Any]]) -> float | None:
-    """How far the last loss of a rung lies from the baseline's, at most, nats; None where nothing is compared."""
+    """The largest difference of a rung's last loss from the baseline's, in nats; None without a comparison."""
     compared = (record["results"].get("loss_difference") for record in rungs.values())
     return max((abs(difference) for difference in compared if difference is not None), default=None)
 
@@ -81,7 +81,7 @@ def _require_same(record: dict[str, Any], baseline: dict[str, Any]) -> None:
 
 
 def _at(tree: Any, place: tuple[str, ...]) -> Any:
-    """What stands at a place of a record; None where nothing does."""
+    """The value at nested keys of a record; None if there is none."""
     for key in place:
         tree = (tree or {}).get(key)
     return tree
