@@ -59,16 +59,34 @@ class CharTransformerConfig(Settings):
         return self
 
 
+GPT2_SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
+"""n_layer, n_head and n_embd of the published models, by their number of parameters."""
+
+
 class GPT2Config(Settings):
-    """GPT-2. The published sizes, as n_layer, n_head, n_embd: 124M 12, 12, 768; 355M 24, 16, 1024;
-    774M 36, 20, 1280; 1558M 48, 25, 1600."""
+    """GPT-2, of a published size or of any other."""
 
     kind: Literal["gpt2"]
+    size: Literal["124M", "355M", "774M", "1558M"] | None = Field(
+        None, exclude=True, description="a published size, 124M, 355M, 774M or 1558M: sets n_layer, n_head and n_embd"
+    )
     n_layer: int = Field(12, ge=1, description="number of blocks")
     n_head: int = Field(12, ge=1, description="attention heads of a block")
     n_embd: int = Field(768, ge=1, description="width of the residual stream")
     block_size: int = Field(1024, ge=2, description="context length, in tokens")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the embedding, the attention and each branch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_size(cls, tree: Any) -> Any:
+        # Equal models have equal settings, so the size itself is not kept.
+        if not isinstance(tree, dict) or tree.get("size") not in GPT2_SIZES:
+            return tree
+        return {
+            **tree,
+            "size": None,
+            **dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[tree["size"]], strict=True)),
+        }
 
     @model_validator(mode="after")
     def _heads_fit(self) -> GPT2Config:

@@ -82,6 +82,24 @@ def test_overrides_replace_values_and_keep_the_rest(file):
     assert (experiment.train.epochs, experiment.train.steps) == (0.5, None)
 
 
+@pytest.mark.parametrize(
+    ("size", "shape"), [("124M", (12, 12, 768)), ("355M", (24, 16, 1024)), ("774M", (36, 20, 1280)), ("1558M", (48, 25, 1600))]
+)  # fmt: skip
+def test_a_published_size_of_gpt2_is_its_shape_and_nothing_else(size: str, shape: tuple[int, int, int]):
+    path = ROOT / "config/models/gpt2_gpu.yaml"
+    named = config.load_experiment(path, [f"model.size={size}"])
+    names = ("n_layer", "n_head", "n_embd")
+    spelled = config.load_experiment(path, [f"model.{name}={n}" for name, n in zip(names, shape, strict=True)])
+    assert named == spelled
+    assert named.fingerprint(50257, "0" * 64) == spelled.fingerprint(50257, "0" * 64)
+    assert "size" not in named.model.model_dump()
+
+
+def test_a_size_that_is_none_is_named(file):
+    with pytest.raises(UsageError, match=r"model\.size=\"355\": input should be '124M', '355M', '774M' or '1558M'"):
+        config.load_experiment(ROOT / "config/models/gpt2_gpu.yaml", ["model.size='355'"])
+
+
 @pytest.mark.parametrize("override", ["train.seed", "=3", "train.seed.x=1", "train.seed=[", "train.sed=1"])
 def test_a_wrong_override_is_a_usage_error_that_quotes_it(file, override: str):
     with pytest.raises(UsageError, match=re.escape(override)):
