@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import IO, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -246,6 +246,8 @@ class MachineConfig(Settings):
         return self.nodes * self.ranks
 
 
+BRANCH = re.compile(r"str|int|constrained-\w+|(list|dict|literal)\[.*\]")
+
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -288,10 +290,13 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return parse(Experiment, tree, source)
 
 
-def read_yaml(path: str | Path) -> dict:
-    """Read a YAML mapping. Raises UsageError when it is not one, PicogptError when it cannot be read."""
+def read_yaml(path: str | Path, stream: IO[str] | None = None) -> dict:
+    """Read a YAML mapping from `path`, or from `stream`, which `path` then names in errors.
+
+    Raises UsageError when it is not one, PicogptError when it cannot be read.
+    """
     try:
-        tree = yaml.safe_load(read_text(path))
+        tree = yaml.safe_load(stream or read_text(path))
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -338,8 +343,8 @@ def _override(tree: dict, override: str) -> None:
 
 
 def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
-    # pydantic puts the tag of a union into the location; it is no key of the file.
-    path = [str(part) for part in detail["loc"] if part not in MODEL_KINDS]
+    # pydantic puts the branch of a union into the location: a kind of model, or a type. It is no key of the file.
+    path = [str(part) for part in detail["loc"] if part not in MODEL_KINDS and not BRANCH.fullmatch(str(part))]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
         allowed = _allowed_keys(cls, detail["loc"][:-1])

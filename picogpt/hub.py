@@ -71,7 +71,7 @@ class Answer(Settings):
 class HubStatus(Settings):
     """What the hub gave, as a fetch rule leaves it for the rest of a workflow."""
 
-    attempt: int
+    attempt: int = Field(ge=1)
     endpoint: str
     files: dict[str, Answer]
 

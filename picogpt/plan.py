@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -40,10 +40,10 @@ class LadderPart(Part):
 class Configuration(Part):
     """The keys of `config/config.yaml` that affect the plan; `config/config.schema.yaml` documents them."""
 
-    corpus: list[str] | str
-    run: str = "pipeline"
+    corpus: Annotated[list[str], Field(min_length=1)] | str
+    run: str = Field("pipeline", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     size: Literal["auto", "cpu", "gpu"] = "auto"
-    gpus: Literal["auto"] | int = "auto"
+    gpus: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     gpu_model: str | dict[str, str] = ""
     char_bigram: ModelPart = ModelPart()
     char_transformer: ModelPart = ModelPart()

@@ -116,6 +116,9 @@ def test_the_text_is_a_registered_one_or_the_users_own(tmp_path: Path, corpus, t
         ({"ladder": {"hardware": ["h10"]}}, "no hardware 'h10'"),
         ({"gpt2": {"config": "mine.yaml"}}, "cannot read mine.yaml"),
         ({"char_bigram": {"config": "mine"}}, "no settings called mine"),
+        ({"corpus": []}, "corpus=[]: list should have at least 1 item"),
+        ({"run": "../../x"}, 'run="../../x": string should match pattern'),
+        ({"gpus": 0}, "gpus=0: input should be greater than or equal to 1"),
         ({"size": "huge"}, "size=\"huge\": input should be 'auto', 'cpu' or 'gpu'"),
     ],
 )
@@ -123,6 +126,20 @@ def test_what_cannot_be_planned_is_one_message(picogpt, monkeypatch, change: dic
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({**SHIPPED, **change})))
     run = picogpt("plan", "-")
     assert (run.status, run.out, message in run.err) == (1 if "cannot read" in message else 2, "", True), run.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("corpus: [", "the configuration is not YAML"),
+        ("- 1", "the configuration must hold a mapping"),
+        ("", "a mapping"),
+    ],
+)
+def test_a_configuration_on_standard_input_that_is_none_is_one_message(picogpt, monkeypatch, text: str, message: str):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    run = picogpt("plan", "-")
+    assert (run.status, run.out, message in run.err) == (2, "", True), run.err
 
 
 def test_by_hand_it_reads_a_file(picogpt):
@@ -157,7 +174,7 @@ def test_the_hub_is_asked_again_until_its_answer_is_settled(monkeypatch, tmp_pat
 
 def test_a_status_that_is_none_is_named(picogpt):
     Path("resources").mkdir()
-    Path("resources/hub.json").write_text('{"attempt": "many"}')
+    Path("resources/hub.json").write_text('{"attempt": 0, "endpoint": "", "files": {}}')
     Path("mine.yaml").write_text(yaml.safe_dump(SHIPPED))
     run = picogpt("plan", "mine.yaml")
     assert (run.status, "resources/hub.json does not say what the hub gave: delete it" in run.err) == (1, True)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 
 import click
-import yaml
-
-from picogpt.errors import UsageError
 
 
 @click.command()
@@ -67,10 +64,6 @@ def plan(configuration: str) -> None:
     from picogpt import plan as planning
     from picogpt.config import read_yaml
 
-    if configuration == "-":
-        configuration, tree = "the configuration", yaml.safe_load(sys.stdin)
-        if not isinstance(tree, dict):
-            raise UsageError("the configuration on standard input is no mapping")
-    else:
-        tree = read_yaml(configuration)
-    click.echo(planning.make(tree, configuration).model_dump_json(indent=2))
+    stream = sys.stdin if configuration == "-" else None
+    source = "the configuration" if stream else configuration
+    click.echo(planning.make(read_yaml(source, stream), source).model_dump_json(indent=2))
