@@ -252,8 +252,13 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def config_folder() -> Path:
-    """The folder `config/`: $PICOGPT_CONFIG, or that of the source tree, or the copy inside an installed package."""
+    """The folder `config/`: $PICOGPT_CONFIG, or that of the source tree, or the copy inside an installed package.
+
+    Raises UsageError when $PICOGPT_CONFIG is no folder.
+    """
     if chosen := os.environ.get("PICOGPT_CONFIG"):
+        if not Path(chosen).is_dir():
+            raise UsageError(f"PICOGPT_CONFIG={chosen} is no folder: unset it, or set it to a folder like config/")
         return Path(chosen)
     package = Path(__file__).resolve().parent
     installed = package / "_config"
