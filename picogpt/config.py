@@ -349,7 +349,11 @@ def _override(tree: dict, override: str) -> None:
 
 def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
     # pydantic puts the branch of a union into the location: a kind of model, or a type. It is no key of the file.
-    path = [str(part) for part in detail["loc"] if part not in MODEL_KINDS and not BRANCH.fullmatch(str(part))]
+    path = [
+        str(part)
+        for before, part in zip((None, *detail["loc"]), detail["loc"], strict=False)
+        if not (before == "model" and part in MODEL_KINDS) and not BRANCH.fullmatch(str(part))
+    ]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
         allowed = _allowed_keys(cls, detail["loc"][:-1])

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from picogpt import hardware, hub, machines
-from picogpt.config import Settings, model_file, parse, read_yaml
+from picogpt.config import Settings, load_experiment, model_file, parse, read_yaml
 from picogpt.errors import UsageError
 
 RESOURCES = Path("resources")
@@ -136,7 +136,8 @@ def make(tree: dict[str, Any], source: str) -> Plan:
         "gpt2": asked.gpt2,
     }.items():
         file = model_file(name, size) if part.config == "auto" else model_file(part.config)
-        ranks = _ranks(gpus, asked, read_yaml(file)) if name == "gpt2" else 1
+        batch = load_experiment(file, part.set).train.batch_size
+        ranks = _ranks(gpus, asked, batch) if name == "gpt2" else 1
         models[name] = TrainingPlan(
             launch=launch(ranks),
             file=[f"--size={size}" if part.config == "auto" else f"--config={part.config}"],
@@ -206,14 +207,9 @@ def _deciding(file: Path) -> str:
     return json.dumps({key: value for key, value in read_yaml(file).items() if key != "runtime"}, sort_keys=True)
 
 
-def _ranks(gpus: int, asked: Configuration, settings: dict[str, Any]) -> int:
+def _ranks(gpus: int, asked: Configuration, batch: int) -> int:
     """The largest number of available GPUs that divides the batch of GPT-2's training, or the configured number."""
-    batch = (settings.get("train") or {}).get("batch_size", 16)
-    for pair in asked.gpt2.set:
-        key, _, value = pair.partition("=")
-        if key == "train.batch_size" and value.isdigit():
-            batch = int(value)
-    fitting = [ranks for ranks in range(1, gpus + 1) if batch % ranks == 0]
+    fitting = [ranks for ranks in range(1, min(gpus, batch) + 1) if batch % ranks == 0]
     if asked.gpus != "auto" and gpus and gpus not in fitting:
         raise UsageError(
             f"gpus: {gpus} must divide train.batch_size of gpt2, which is {batch}:"

@@ -68,6 +68,16 @@ def test_as_a_module_of_another_workflow(tmp_path: Path, corpus: Path):
     assert "Nothing to be done" in again.stderr
 
 
+def test_rules_of_the_module_can_be_imported_by_name(tmp_path: Path, corpus: Path):
+    module = MODULE.format(snakefile=ROOT / "Snakefile")
+    (tmp_path / "Snakefile").write_text(
+        module.replace("use rule * from picogpt as picogpt_*", "use rule tokenize_char, train, loss_curve from picogpt")
+    )
+    settings = {**SMALL, "corpus": str(corpus), "size": "cpu", "ladder": {"hardware": []}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"picogpt": settings}))
+    assert jobs(run(tmp_path, "-n", "--cores", 1)) == {*MAKES_THE_CURVE, "mine"}
+
+
 @pytest.mark.parametrize("directory", [True, False], ids=["--directory", "the current folder"])
 def test_the_snakefile_of_a_clone_in_another_folder(tmp_path: Path, corpus: Path, directory: bool):
     work, here = tmp_path / "work", tmp_path / "here"

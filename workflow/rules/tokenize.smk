@@ -65,6 +65,8 @@ rule tokenize_fineweb:
         f"{FINEWEB}/train-{{shard}}.bin",
     log:
         "logs/tokenize_fineweb_{shard}.log",
+    wildcard_constraints:
+        shard="(?!00000)[0-9]+",
     threads: 8
     resources:
         runtime=120,
@@ -91,9 +93,6 @@ use rule tokenize_fineweb as tokenize_fineweb_first with:
     params:
         shard=0,
         flags=f"--val-documents {config['fineweb']['val_documents']}",
-
-
-ruleorder: tokenize_fineweb_first > tokenize_fineweb
 
 
 rule fineweb_manifest:
