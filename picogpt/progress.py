@@ -22,19 +22,19 @@ def _bar(name: str, total: int, unit: str, **options: Any) -> tqdm:
 
 
 @contextmanager
-def transfer(name: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
+def transfer(name: str, total: int, start: int = 0) -> Iterator[Callable[[int], object]]:
     """Show a transfer of `total` bytes, of which `start` are here; yields a function that takes the bytes received."""
     with _bar(name, total, "B", initial=start, unit_scale=True, unit_divisor=1024) as bar:
         if bar.disable:
             print(f"fetching {name}: {total:,} bytes" + (f", {start:,} already here" if start else ""), file=sys.stderr)
-        yield lambda count: bar.update(count) and None
+        yield bar.update
 
 
 @contextmanager
-def counting(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting(name: str, total: int) -> Iterator[Callable[[int], object]]:
     """Show how many of `total` are done, on a terminal only; yields a function that takes how many more."""
     with _bar(name, total, " done", leave=False) as bar:
-        yield lambda count: bar.update(count) and None
+        yield bar.update
 
 
 class _Noted:

@@ -77,7 +77,7 @@ def fetch(
         names = _with_shards(names, shards)
     if status:
         if elsewhere := [name for name in names if not _hub_file(name)]:
-            raise UsageError(f"--status is for files of the hub, and {elsewhere[0]} is of config/assets.yaml")
+            raise UsageError(f"--status is for files of the hub, and {elsewhere[0]} is none")
         from picogpt import hub
 
         answers = {name: _ask(name, folder, status) for name in names}

@@ -66,7 +66,7 @@ checkpoint fetch_hub:
 rule fetch_fineweb:
     """Fetch one shard of FineWeb-Edu, 2 GB of text, verify it, and note where in the client's cache it lies."""
     output:
-        "resources/fineweb-edu/{shard}.txt",
+        "resources/fineweb-edu/{shard,[0-9]{5}}.txt",
     log:
         "logs/fetch_fineweb_{shard}.log",
     shell:

@@ -66,7 +66,7 @@ rule tokenize_fineweb:
     log:
         "logs/tokenize_fineweb_{shard}.log",
     wildcard_constraints:
-        shard="(?!00000)[0-9]+",
+        shard=r"(?!00000)\d{5}",
     threads: 8
     resources:
         runtime=120,
