@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# snakefmt runs shfmt, which is installed beside it.
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: report test test-slurm check format rulegraph reference clean help
 
