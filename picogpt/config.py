@@ -11,18 +11,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import IO, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from picogpt.errors import UsageError
 from picogpt.files import read_text
-
-MODEL_KINDS = ("char-bigram", "char-transformer", "gpt2")
+from picogpt.registry import GPT2_SIZES, MODELS, RUNGS, settings_class
 
 
 class Settings(BaseModel):
@@ -31,7 +29,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class CharBigramConfig(Settings):
+class ModelConfig(Settings):
+    """Base of the settings of a model; `kind` is its name in the registry."""
+
+    kind: str
+    block_size: int
+
+
+class CharBigramConfig(ModelConfig):
     """A table of logits: row, the current character; column, the next one."""
 
     kind: Literal["char-bigram"]
@@ -40,7 +45,7 @@ class CharBigramConfig(Settings):
     )
 
 
-class CharTransformerConfig(Settings):
+class CharTransformerConfig(ModelConfig):
     """A decoder-only transformer over characters."""
 
     kind: Literal["char-transformer"]
@@ -59,11 +64,7 @@ class CharTransformerConfig(Settings):
         return self
 
 
-GPT2_SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
-"""n_layer, n_head and n_embd of the published models, by their number of parameters."""
-
-
-class GPT2Config(Settings):
+class GPT2Config(ModelConfig):
     """GPT-2, of a published size or of any other."""
 
     kind: Literal["gpt2"]
@@ -80,22 +81,15 @@ class GPT2Config(Settings):
     @classmethod
     def _expand_size(cls, tree: Any) -> Any:
         # Equal models have equal settings, so the size itself is not kept.
-        if not isinstance(tree, dict) or tree.get("size") not in GPT2_SIZES:
-            return tree
-        return {
-            **tree,
-            "size": None,
-            **dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[tree["size"]], strict=True)),
-        }
+        if isinstance(tree, dict) and (size := GPT2_SIZES.get(str(tree.get("size")))):
+            return {**tree, "size": None, "n_layer": size.n_layer, "n_head": size.n_head, "n_embd": size.n_embd}
+        return tree
 
     @model_validator(mode="after")
     def _heads_fit(self) -> GPT2Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         return self
-
-
-ModelConfig = Annotated[CharBigramConfig | CharTransformerConfig | GPT2Config, Field(discriminator="kind")]
 
 
 class TrainConfig(Settings):
@@ -180,9 +174,18 @@ class RuntimeConfig(Settings):
 class Experiment(Settings):
     """A model and how to train it: one file of `config/models/`."""
 
-    model: ModelConfig
+    model: SerializeAsAny[ModelConfig]
     train: TrainConfig
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @field_validator("model", mode="wrap")
+    @classmethod
+    def _by_kind(cls, value: Any, check: Callable[[Any], ModelConfig]) -> ModelConfig:
+        if not isinstance(value, dict) or "kind" not in value:
+            return check(value)
+        if value["kind"] not in MODELS:
+            raise ValueError(f"there is no kind {value['kind']!r}: there are {', '.join(MODELS)}")
+        return settings_class(value["kind"]).model_validate(value)
 
     def fingerprint(self, vocab_size: int, data_sha256: str) -> str:
         """Hash of all that decides the learned weights: model, training, data; not of `runtime`."""
@@ -193,13 +196,6 @@ class Experiment(Settings):
             data_sha256,
         ]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-RUNGS = (
-    "baseline", "tf32", "bf16", "compile", "flash", "padded_vocab", "fused_adamw",
-    "fused_loss", "best_attention", "kept_memory", "cuda_graphs", "max_autotune",
-)  # fmt: skip
-Rung = Literal[RUNGS]  # type: ignore[valid-type]
 
 
 class MachineConfig(Settings):
@@ -215,7 +211,7 @@ class MachineConfig(Settings):
     block_size: int = Field(1024, ge=2, description="tokens per sequence")
     warmup_steps: int = Field(ge=1, description="untimed steps at the start; compilation happens in the first")
     steps: int = Field(ge=3, description="timed steps, each timed separately")
-    rungs: Annotated[list[Rung], Field(min_length=1)] = Field(
+    rungs: list[str] = Field(
         description="optimizations of the training ladder, each including those before it; omit what the device lacks"
     )
 
@@ -227,7 +223,9 @@ class MachineConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> MachineConfig:
-        if self.rungs[0] != "baseline" or list(self.rungs) != sorted(set(self.rungs), key=RUNGS.index):
+        if unknown := [rung for rung in self.rungs if rung not in RUNGS]:
+            raise ValueError(f"there is no rung {unknown[0]!r}: there are {', '.join(RUNGS)}")
+        if self.rungs[:1] != ["baseline"] or self.rungs != [rung for rung in RUNGS if rung in self.rungs]:
             raise ValueError(f"rungs must begin with baseline and keep this order: {', '.join(RUNGS)}")
         if self.batch_size % (self.world_size * self.micro_batch_size):
             raise ValueError(
@@ -314,7 +312,7 @@ def parse(cls: type[AnySettings], tree: dict, source: str) -> AnySettings:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(cls, detail) for detail in error.errors()]
+        lines = [_explain(cls, tree, detail) for detail in error.errors()]
         raise UsageError("\n  ".join([f"{source}:", *lines])) from error
 
 
@@ -347,16 +345,12 @@ def _override(tree: dict, override: str) -> None:
         node.pop(other, None)
 
 
-def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
-    # pydantic puts the branch of a union into the location: a kind of model, or a type. It is no key of the file.
-    path = [
-        str(part)
-        for before, part in zip((None, *detail["loc"]), detail["loc"], strict=False)
-        if not (before == "model" and part in MODEL_KINDS) and not BRANCH.fullmatch(str(part))
-    ]
+def _explain(cls: type[Settings], tree: dict, detail: Any) -> str:
+    # pydantic puts the branch of a union of types into the location. It is no key of the file.
+    path = [str(part) for part in detail["loc"] if not BRANCH.fullmatch(str(part))]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        allowed = _allowed_keys(cls, detail["loc"][:-1])
+        allowed = _allowed_keys(cls, tree, path[:-1])
         close = difflib.get_close_matches(path[-1], allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}"
@@ -368,13 +362,8 @@ def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
     return f"{key}={json.dumps(detail['input'], default=str)}: {message[0].lower()}{message[1:]}"
 
 
-def _allowed_keys(cls: type[Settings], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        if part in MODEL_KINDS:
-            kinds = get_args(get_args(ModelConfig)[0])
-            cls = next(kind for kind in kinds if part in get_args(kind.model_fields["kind"].annotation))
-        else:
-            annotation = cls.model_fields[str(part)].annotation
-            if isinstance(annotation, type) and issubclass(annotation, Settings):
-                cls = annotation
+def _allowed_keys(cls: Any, tree: Any, path: Sequence[str]) -> list[str]:
+    for part in path:
+        tree = tree[part]
+        cls = settings_class(tree["kind"]) if part == "model" else cls.model_fields[part].annotation
     return list(cls.model_fields)

@@ -31,7 +31,7 @@ class Device:
     """bfloat16 or float32, of the matrix products."""
 
     @property
-    def kind(self) -> str:
+    def type(self) -> str:
         """cpu, cuda or mps."""
         return self.torch_name.partition(":")[0]
 
@@ -130,9 +130,23 @@ def peak_flops(device: Device) -> float | None:
     return PEAK_FLOPS.get(device.name)
 
 
+def mfu(device: Device, tokens_per_second: float, flops_per_token: int | None) -> float | None:
+    """Model FLOP utilization: the share of a device's peak that its tokens/s need; None where one of the two is unknown."""
+    peak = peak_flops(device)
+    return tokens_per_second * flops_per_token / peak if peak and flops_per_token else None
+
+
+def synchronize(device: Device) -> None:
+    """Wait for all work on a GPU."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def peak_memory_bytes(device: Device) -> int:
     """Peak memory of this process: resident on a CPU, allocated by torch on a GPU."""
-    if device.kind == "cuda":
+    if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device.torch_name)
@@ -144,7 +158,7 @@ def peak_memory_bytes(device: Device) -> int:
 
 def gpu_memory_bytes(device: Device) -> int | None:
     """Total memory of a GPU; None for other devices."""
-    if device.kind != "cuda":
+    if device.type != "cuda":
         return None
     import torch
 
@@ -152,13 +166,12 @@ def gpu_memory_bytes(device: Device) -> int | None:
 
 
 def prepare(device: Device, threads: int) -> None:
-    """Configure torch in this process: threads, and on a CPU an allocator that keeps freed memory."""
+    """Configure torch in this process: its threads, and the current GPU."""
     import torch
 
     torch.set_num_threads(threads)
-    if device.kind == "cuda":
+    if device.type == "cuda":
         torch.cuda.set_device(device.torch_name)  # streams and graphs are made on the current device
-    keep_memory(device)
 
 
 def keep_memory(device: Device) -> None:
@@ -167,7 +180,7 @@ def keep_memory(device: Device) -> None:
     Otherwise every large buffer is new memory, whose pages Linux clears at the first access: a tenth of the time of a
     training step of GPT-2. Does nothing without glibc.
     """
-    if device.kind != "cpu":
+    if device.type != "cpu":
         return
     import ctypes
 
@@ -187,7 +200,7 @@ def attention(device: Device) -> AbstractContextManager:
     """
     import torch
 
-    if device.kind != "cuda" or torch.cuda.get_device_capability(device.torch_name) != (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device.torch_name) != (9, 0):
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -22,7 +22,7 @@ import torch
 from picogpt import hardware
 from picogpt.data.tokenizers import Tokenizer
 from picogpt.errors import UsageError
-from picogpt.models import inference
+from picogpt.models import kernels
 from picogpt.models.cache import KVCache
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel
@@ -253,16 +253,17 @@ def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32", 
     """
     where = hardware.select(device)
     hardware.prepare(where, hardware.cpu_count())
+    hardware.keep_memory(where)
     if dtype != "float32":
         model = model.bfloat16()
     model = model.to(where.torch_name).eval()
     if isinstance(model, GPT2):
         if dtype == "int8":
-            return inference.specialize(model, inference.Int8Linear)
-        if dtype == "bfloat16" and not hardware.multiplies_bfloat16(where.kind):
-            return inference.specialize(model, inference.Bfloat16Linear)
-        if decoding and where.kind == "cpu" and inference.can_pack(model.ln_f.weight.dtype):
-            return inference.specialize(model, inference.PackedLinear)
+            return kernels.specialize(model, kernels.Int8Linear)
+        if dtype == "bfloat16" and not hardware.multiplies_bfloat16(where.type):
+            return kernels.specialize(model, kernels.Bfloat16Linear)
+        if decoding and where.type == "cpu" and kernels.can_pack(model.ln_f.weight.dtype):
+            return kernels.specialize(model, kernels.PackedLinear)
     elif dtype == "int8":
         raise UsageError("--dtype int8 is for gpt2; the character models fit into a cache as they are")
     return model

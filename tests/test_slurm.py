@@ -38,7 +38,7 @@ from picogpt import records
 from picogpt.data import fineweb
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import open_data, tokenize_chars
-from picogpt.train import checkpoint
+from picogpt.models import checkpoint
 
 pytestmark = [
     pytest.mark.slurm,

@@ -114,7 +114,7 @@ def load_model(
         tokenizer: Any = GPT2Tokenizer.fetched(RESOURCES)
         return pretrained.load(name, path), tokenizer, hub.registry()[name].repository
 
-    from picogpt.train.checkpoint import load_weights
+    from picogpt.models.checkpoint import load_weights
 
     path = ckpt or newest(
         f"{'gpt2/*' if kind == 'gpt2' else kind.replace('-', '_')}/*/best.pt", f"picogpt train {kind} makes one"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from picogpt.config import CharBigramConfig
+from picogpt.data.sampler import Ids
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
 
@@ -28,6 +30,10 @@ class CharBigram(LanguageModel):
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def lower_bound(self, ids: Ids) -> float:
+        """The loss of the table that the pair counts of `ids` (N + 1,) give."""
+        return closed_form_loss(torch.from_numpy(np.array(ids)), self.embedding.num_embeddings)
 
 
 def closed_form_loss(ids: torch.Tensor, vocab_size: int) -> float:

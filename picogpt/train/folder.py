@@ -20,7 +20,7 @@ from typing import Any
 from picogpt import records
 from picogpt.errors import PicogptError
 from picogpt.files import exclusive_lock, place, write_text
-from picogpt.train import checkpoint
+from picogpt.models import checkpoint
 
 RESULTS = ("best.pt", "metrics.jsonl")
 
