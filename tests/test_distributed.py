@@ -13,11 +13,10 @@ import forked
 import pytest
 import torch
 
-from picogpt import hardware
+from picogpt import checkpoint, hardware
 from picogpt.config import Experiment
 from picogpt.data.tokens import TokenData
 from picogpt.errors import UsageError
-from picogpt.models import checkpoint
 from picogpt.train.distributed import World, init_distributed
 from picogpt.train.step import micro_batch_size, tokens_at_once
 

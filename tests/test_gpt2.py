@@ -184,8 +184,8 @@ def test_an_id_beyond_the_vocabulary_is_an_error():
 
 
 def test_a_checkpoint_of_another_size_is_refused(picogpt, gpt2, gpt2_resources: Path, tmp_path: Path):
+    from picogpt.checkpoint import save_weights
     from picogpt.config import Experiment
-    from picogpt.models.checkpoint import save_weights
 
     config = GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8)
     claimed = Experiment.model_validate(

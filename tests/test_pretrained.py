@@ -338,8 +338,8 @@ main()
 
 
 def test_without_space_an_export_leaves_nothing(gpt2: GPT2Tokenizer, gpt2_resources: Path, tmp_path: Path):
+    from picogpt.checkpoint import save_weights
     from picogpt.config import Experiment
-    from picogpt.models.checkpoint import save_weights
 
     experiment = Experiment.model_validate({"model": CONFIG.model_dump(), "train": {"steps": 1}})
     corpus = {"tokenizer_sha256": gpt2.sha256}

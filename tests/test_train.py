@@ -15,14 +15,12 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, SMALL_RUNTIME, small_experiment
 
-from picogpt import models, records
+from picogpt import checkpoint, models, records
 from picogpt.config import Experiment
 from picogpt.data.corpus import tokenize_chars
 from picogpt.data.tokens import TokenData
 from picogpt.errors import Interrupted, PicogptError
 from picogpt.hardware import Device
-from picogpt.models import checkpoint
-from picogpt.models.bigram import closed_form_loss
 from picogpt.train import loop
 from picogpt.train.evaluate import evaluate
 from picogpt.train.loop import Trainer
@@ -276,7 +274,7 @@ def test_the_bigram_comes_near_its_closed_form(tmp_path: Path, corpus: Path):
         "runtime": SMALL_RUNTIME,
     }
     results = Trainer(Experiment.model_validate(tree), data, tmp_path / "run").run()["results"]
-    floor = closed_form_loss(torch.from_numpy(np.array(data.train.ids)), data.vocab_size)
+    floor = checkpoint.load_weights(tmp_path / "run/best.pt").model().lower_bound(data.train.ids)
     assert results["closed_form_train_loss"] == floor
     assert 0 < results["train_loss_after"] - floor < 0.01
 

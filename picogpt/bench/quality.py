@@ -11,7 +11,8 @@ from picogpt.data.tokens import TokenData
 from picogpt.errors import PicogptError
 from picogpt.models.gpt2 import GPT2, TiedHead
 from picogpt.models.language_model import LanguageModel
-from picogpt.sample import Decoding, prepare, read_prompt, sample_texts
+from picogpt.sample import Decoding, prepare
+from picogpt.stream import read_prompt, sample_texts
 from picogpt.train.evaluate import evaluate
 
 

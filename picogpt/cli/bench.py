@@ -57,7 +57,7 @@ def sample(
     with record_if_unavailable(f"sampling {kind} {dtype}", out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
     from picogpt.bench import sampling
-    from picogpt.sample import first_prompt
+    from picogpt.stream import first_prompt
 
     prompt = first_prompt(tokenizer, kind in PRETRAINED)
     record = sampling.measure(kind, model, tokenizer, source, device, dtype, num_tokens, runs, batch_size, prompt)

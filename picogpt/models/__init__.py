@@ -31,7 +31,7 @@ def load(path: str | Path, tokenizer_folder: str | Path | None = None) -> tuple[
 
     Raises PicogptError when one of the two is missing, damaged, or of another training.
     """
-    from picogpt.models.checkpoint import load_weights
+    from picogpt.checkpoint import load_weights
 
     weights = load_weights(path)
     return weights.model(), weights.tokenizer(tokenizer_folder)

@@ -78,10 +78,10 @@ class KVCache:
         self.slot += idx.size(1)
         self.last.copy_(idx[:, -1:])
 
-    def restart(self, padding: list[int] | None = None) -> None:
+    def restart(self, padding: list[int]) -> None:
         """Empty the cache for contexts with this padding, in the same memory, so that a CUDA graph stays valid."""
         self.rewind(0)
-        if self.padding is not None and padding is not None:
+        if self.padding is not None:
             self.padding.copy_(torch.tensor(padding))
 
     def rewind(self, length: int) -> None:

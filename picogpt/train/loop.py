@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from picogpt import hardware, models, records
+from picogpt import checkpoint, hardware, models, records
 from picogpt.config import Experiment
 from picogpt.data.sampler import Sampler
 from picogpt.data.tokens import TokenData
 from picogpt.errors import Interrupted, PicogptError, is_compile_error, is_out_of_memory
-from picogpt.models import checkpoint
 from picogpt.progress import Training
 from picogpt.train.distributed import World
 from picogpt.train.evaluate import evaluate
