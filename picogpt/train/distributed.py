@@ -100,12 +100,6 @@ class World:
 
         return tree_map_only(torch.Tensor, receive, answer[0])
 
-    def main_first(self, make: Callable[[], T]) -> T:
-        """Call `make` on every rank, on rank 0 first, so that the others find what it has downloaded."""
-        made: list[T] = []
-        self.broadcast_from_main(lambda: made.append(make()))
-        return made[0] if self.is_main else make()
-
     def _reduce(self, value: torch.Tensor, operation: Any) -> float:
         if self.size > 1:
             with _peers():

@@ -300,10 +300,15 @@ class Trainer:
             self.step.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
         elif self.config.init == "pretrained":
-            model = self.world.main_first(lambda: models.initial(self.experiment, self.data.vocab_size))
-            self.model.load_state_dict(model.state_dict())
+            self.world.broadcast_from_main(
+                self._load_pretrained
+            )  # other ranks get the weights from the distributed wrapper
         self.progress.sessions += 1
         self.world.broadcast_from_main(lambda: self.folder.cut_metrics(self.progress.step))
+
+    def _load_pretrained(self) -> None:
+        initial = models.initial(self.experiment, self.data.vocab_size)
+        self.model.load_state_dict(initial.state_dict())
 
     def _record(self) -> dict[str, Any]:
         """The record of the finished run: its numbers and their provenance."""
