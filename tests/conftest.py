@@ -19,7 +19,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from picogpt import cli
-from picogpt.config import Experiment
+from picogpt.config import Experiment, GPT2Config
 from picogpt.data.bpe import GPT2Tokenizer, fetch_ranks
 from picogpt.data.corpus import tokenize_chars
 from picogpt.data.tokens import TokenData
@@ -202,3 +202,8 @@ def gpt2_resources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gpt2(gpt2_resources: Path) -> GPT2Tokenizer:
     return GPT2Tokenizer.fetched(gpt2_resources)
+
+
+def gpt2_config(**settings: object) -> GPT2Config:
+    """The settings of a GPT-2 with one small block, or with these `settings`."""
+    return GPT2Config(**{"kind": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, **settings})

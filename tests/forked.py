@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PROGRAMS = {"picogpt": "picogpt.cli", "snakemake": "snakemake.cli", "driver": "driver", "rank": "rank"}
+PROGRAMS = {"picogpt": "picogpt.cli", "snakemake": "snakemake.cli", "rank": "rank"}
 """Modules with a `main` that reads sys.argv, as their scripts call it."""
 LOADED = ("snakemake.cli", "picogpt.cli", "picogpt.train.loop", "torch._dynamo")
 """What takes long to load; the server does not see this folder."""
