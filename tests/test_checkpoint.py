@@ -1,6 +1,5 @@
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,38 +121,6 @@ def test_the_state_before_the_last_is_kept(tmp_path: Path):
     (tmp_path / "last.previous.pt").write_bytes(b"torn too")
     with pytest.raises(PicogptError, match=r"last\.previous\.pt"):
         load_state(tmp_path / "last.pt")
-
-
-@pytest.fixture(scope="module")
-def characters(tmp_path_factory: pytest.TempPathFactory, tokens_folder: Path, tokens) -> Path:
-    """A working folder with a character model in weights/ and the tokenizer that it was trained with."""
-    root, experiment = tmp_path_factory.mktemp("characters"), small_experiment()
-    (root / "weights/char_transformer").mkdir(parents=True)
-    (root / "weights/char_tokenizer").mkdir()
-    (root / "weights/char_tokenizer/words").symlink_to(tokens_folder)
-    model = models.build(experiment.model, tokens.vocab_size, 1)
-    path = root / "weights/char_transformer/best.pt"
-    save_weights(path, model, experiment, tokens.vocab_size, tokens.corpus(), 1, 1.0)
-    return root
-
-
-def test_a_character_model_is_loaded_with_its_tokenizer_wherever_that_lies(
-    characters, tokens_folder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    beside = characters / "weights/char_transformer/best.pt"
-    elsewhere = Path(shutil.copy(beside, tmp_path / "best.pt"))
-    with pytest.raises(
-        PicogptError, match=r"no tokenizer in weights/char_tokenizer/ fits .*best\.pt: .*--tokenizer-dir"
-    ):
-        models.load(elsewhere)
-    for path, folder in ((beside, None), (elsewhere, tokens_folder)):
-        model, tokenizer = models.load(path, folder)
-        assert not model.training
-        assert tokenizer.decode(tokenizer.encode("the king")) == "the king"
-    monkeypatch.chdir(characters)
-    model, tokenizer = models.load(str(elsewhere))
-    assert model(torch.from_numpy(tokenizer.encode("the king")).long()[None]).shape == (1, 8, model.vocab_size)
 
 
 def test_gpt2_is_loaded_with_the_tokenizer_in_resources(gpt2, gpt2_resources: Path, tmp_path: Path, monkeypatch):

@@ -10,6 +10,7 @@ from conftest import SMALL_RUNTIME, gpt2_config, small_experiment
 from picogpt import models
 from picogpt.config import CharBigramConfig, Experiment
 from picogpt.data.corpus import tokenize_chars
+from picogpt.errors import PicogptError
 from picogpt.models.language_model import LanguageModel
 from picogpt.sample import Decoding, choose, context_start, generate, prepare
 from picogpt.stream import TextStream
@@ -217,6 +218,25 @@ def test_the_command_line(trained, picogpt, tmp_path: Path):
     assert cut.removeprefix(long) == end.removeprefix(long[-16:])
     assert picogpt("sample", "char-bigram", "-n", 5, "--prompt", "the king", "--out", "o.txt").out == ""
     assert (tmp_path / "o.txt").read_text() == continued[:-1]
+
+
+def test_a_character_model_is_loaded_with_its_tokenizer_wherever_that_lies(weights: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    best = weights / "char_transformer/r/best.pt"
+    alone = shutil.copy(best, tmp_path / "best.pt")
+    with pytest.raises(
+        PicogptError, match=r"no tokenizer in weights/char_tokenizer/ fits .*best\.pt: .*--tokenizer-dir"
+    ):
+        models.load(alone)
+    with pytest.raises(PicogptError, match=r"tokenizer in .*other is not the one that .*best\.pt was trained with"):
+        models.load(alone, weights / "other")
+    found = [models.load(best), models.load(alone, weights / "char_tokenizer/t")]
+    monkeypatch.chdir(weights.parent)
+    found.append(models.load(str(alone)))
+    for model, tokenizer in found:
+        ids = torch.from_numpy(tokenizer.encode("the king").astype("int64"))
+        assert (tokenizer.decode(ids.numpy()), model.training) == ("the king", False)
+        assert torch.equal(model(ids[None]), found[0][0](ids[None]))
 
 
 def test_torchs_compiler_is_not_loaded(trained):
