@@ -190,21 +190,8 @@ def test_the_commands(working: Path, picogpt):
         assert (wrong.status, f"leave out {option}" in wrong.err) == (2, True), wrong.err
 
 
-def test_fine_tuning_learns_and_keeps_the_pretrained_weights_where_it_does_not(
-    hub, working: Path, picogpt, monkeypatch
-):
-    tune = [
-        "train",
-        "gpt2",
-        "--init",
-        "pretrained",
-        "--steps",
-        2,
-        "--size",
-        "cpu",
-        "--set=train.learning_rate=0.01",
-        *SHAPE,
-    ]
+def test_fine_tuning_keeps_the_better_weights_and_asks_for_them_once(hub, working: Path, picogpt, monkeypatch):
+    tune = ["train", "gpt2", "--init=pretrained", "--steps=2", "--size=cpu", "--set=train.learning_rate=0.01", *SHAPE]
 
     def results(run: str) -> dict:
         return json.loads((working / f"weights/gpt2/{run}/long/record.json").read_text())["results"]
