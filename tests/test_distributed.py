@@ -64,9 +64,8 @@ def assert_same(folder: Path, alone: Path) -> None:
     for name, tensor in expected.items():
         assert (ours[name] - tensor).abs().max() < 1e-5, name
     assert results(folder)["val_loss_after"] == pytest.approx(results(alone)["val_loss_after"], abs=1e-5)
-    for ours_row, expected_row in zip(
-        *(records.read_lines(path / "metrics.jsonl") for path in (folder, alone)), strict=True
-    ):
+    rows = (records.read_lines(path / "metrics.jsonl") for path in (folder, alone))
+    for ours_row, expected_row in zip(*rows, strict=True):
         losses = {key: value for key, value in expected_row.items() if key in ("step", "train_loss", "val_loss")}
         assert {key: ours_row.get(key) for key in losses} == pytest.approx(losses, abs=1e-5)
 

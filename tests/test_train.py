@@ -201,9 +201,8 @@ def test_the_record_says_where_its_numbers_come_from(straight, tokens, tmp_path)
 
 def test_accumulation_equals_one_batch(tokens, tmp_path):
     def final_loss(**train: object) -> float:
-        experiment = Experiment(
-            model=gpt2_config(), train={"steps": 10, "batch_size": 4, **train}, runtime=SMALL_RUNTIME
-        )
+        settings = {"steps": 10, "batch_size": 4, **train}
+        experiment = Experiment(model=gpt2_config(), train=settings, runtime=SMALL_RUNTIME)
         return Trainer(experiment, tokens, tmp_path / str(len(train))).run()["results"]["val_loss_after"]
 
     assert final_loss() == pytest.approx(final_loss(micro_batch_size=1), abs=2e-4)
@@ -317,11 +316,10 @@ def test_compiled_training_learns_the_same_and_saves_plain_names(tokens, tmp_pat
     assert names == compiled_names
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
-def test_a_gpu_trains(tokens, tmp_path):
-    runtime = {"device": "cuda"}
-    experiment = Experiment(model=SMALL_MODEL, train={"steps": 40, "optimizer": "muon"}, runtime=runtime)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+def test_a_gpu_trains(tokens, tmp_path, device: str):
+    train = {"steps": 40, "optimizer": "muon"}
+    experiment = Experiment(model=SMALL_MODEL, train=train, runtime={"device": device, "compile": "auto"})
     record = Trainer(experiment, tokens, tmp_path).run()
     assert record["device"]["kind"] == "cuda"
     assert record["results"]["best_val_loss"] < record["results"]["val_loss_before"]
