@@ -31,7 +31,7 @@ class Device:
     """bfloat16 or float32, of the matrix products."""
 
     @property
-    def kind(self) -> str:
+    def type(self) -> str:
         """cpu, cuda or mps."""
         return self.torch_name.partition(":")[0]
 
@@ -132,7 +132,7 @@ def peak_flops(device: Device) -> float | None:
 
 def peak_memory_bytes(device: Device) -> int:
     """Peak memory of this process: resident on a CPU, allocated by torch on a GPU."""
-    if device.kind == "cuda":
+    if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device.torch_name)
@@ -144,7 +144,7 @@ def peak_memory_bytes(device: Device) -> int:
 
 def gpu_memory_bytes(device: Device) -> int | None:
     """Total memory of a GPU; None for other devices."""
-    if device.kind != "cuda":
+    if device.type != "cuda":
         return None
     import torch
 
@@ -156,7 +156,7 @@ def prepare(device: Device, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    if device.kind == "cuda":
+    if device.type == "cuda":
         torch.cuda.set_device(device.torch_name)  # streams and graphs are made on the current device
     keep_memory(device)
 
@@ -167,7 +167,7 @@ def keep_memory(device: Device) -> None:
     Otherwise every large buffer is new memory, whose pages Linux clears at the first access: a tenth of the time of a
     training step of GPT-2. Does nothing without glibc.
     """
-    if device.kind != "cpu":
+    if device.type != "cpu":
         return
     import ctypes
 
@@ -187,7 +187,7 @@ def attention(device: Device) -> AbstractContextManager:
     """
     import torch
 
-    if device.kind != "cuda" or torch.cuda.get_device_capability(device.torch_name) != (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device.torch_name) != (9, 0):
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -241,9 +241,9 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
 
 
-def multiplies_bfloat16(kind: str) -> bool:
-    """Whether products of bfloat16 are fast on a device of this kind: on all but some CPUs."""
-    return kind != "cpu" or cpu_multiplies_bfloat16()
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Whether products of bfloat16 are fast on a device of this type: on all but some CPUs."""
+    return device_type != "cpu" or cpu_multiplies_bfloat16()
 
 
 def cpu_name() -> str:

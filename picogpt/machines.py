@@ -64,11 +64,11 @@ def fitting() -> list[str]:
 
 def require(name: str, machine: MachineConfig, device: hardware.Device, world_size: int) -> None:
     """Raises UsageError, naming both devices, when a benchmark for `machine` is run on a different one."""
-    if device.kind != machine.kind or not re.fullmatch(machine.device, device.name):
+    if device.type != machine.kind or not re.fullmatch(machine.device, device.name):
         fits = ", ".join(fitting()) or "none; picogpt hardware prints a draft"
         raise UsageError(
             f"hardware {name} is {machine.title} ({machine.kind}, {machine.device}), and this device is {device.name}"
-            f" ({device.kind}): its numbers would be listed under a wrong name. Hardware that fits here: {fits}"
+            f" ({device.type}): its numbers would be listed under a wrong name. Hardware that fits here: {fits}"
             + (
                 "; on a cluster, gpu_model in the profile asks for the right GPUs"
                 if "SLURM_JOB_ID" in os.environ

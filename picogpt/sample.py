@@ -259,9 +259,9 @@ def prepare(model: LanguageModel, device: str = "auto", dtype: str = "float32", 
     if isinstance(model, GPT2):
         if dtype == "int8":
             return inference.specialize(model, inference.Int8Linear)
-        if dtype == "bfloat16" and not hardware.multiplies_bfloat16(where.kind):
+        if dtype == "bfloat16" and not hardware.multiplies_bfloat16(where.type):
             return inference.specialize(model, inference.Bfloat16Linear)
-        if decoding and where.kind == "cpu" and inference.can_pack(model.ln_f.weight.dtype):
+        if decoding and where.type == "cpu" and inference.can_pack(model.ln_f.weight.dtype):
             return inference.specialize(model, inference.PackedLinear)
     elif dtype == "int8":
         raise UsageError("--dtype int8 is for gpt2; the character models fit into a cache as they are")

@@ -101,7 +101,7 @@ GRAPHS = ("cuda_graphs", "max_autotune")
 
 def lacks(rung: str, device: hardware.Device) -> str | None:
     """Why `device` cannot run `rung`, or None if it can."""
-    on_gpu = device.kind == "cuda"
+    on_gpu = device.type == "cuda"
     if rung == "bf16" and device.dtype != "bfloat16":
         return f"{device.name} has no instructions for bfloat16"
     if rung == "tf32" and not (on_gpu and device.dtype == "bfloat16"):  # both came with Ampere
@@ -143,7 +143,7 @@ class Rung:
         assert isinstance(model, GPT2)
         model.loss = setup.loss
         attention = setup.attention
-        if setup.compile and attention is causal_attention and device.kind == "cpu" and setup.bfloat16:
+        if setup.compile and attention is causal_attention and device.type == "cpu" and setup.bfloat16:
             # Blocked attention stays outside of the graph: inside it torch's own kernel is used, as in float32.
             attention = torch.compiler.disable(causal_attention)
             # Otherwise the index of each layer makes it a variant of its own, and torch compiles at most eight variants.
@@ -161,12 +161,12 @@ class Rung:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.forward: Any = models.compiled(model, setup.compile) if setup.compile else model
         if world.size > 1:
-            ids = [world.local_rank] if device.kind == "cuda" else None
+            ids = [world.local_rank] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
 
     def try_one(self, tokens: torch.Tensor) -> None:
         """Forward and backward pass of tokens (B, T) on this rank only; the gradients are discarded."""
-        autocast = torch.autocast(self.device.kind, torch.bfloat16, enabled=self.setup.bfloat16)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.bfloat16)
         module = self.forward.module if isinstance(self.forward, DistributedDataParallel) else self.forward
         with autocast, hardware.attention(self.device) if self.setup.best_backend else nullcontext():
             module(tokens, tokens).backward()
@@ -178,10 +178,10 @@ class Rung:
         total = torch.zeros((), device=inputs.device)
         for index, (x, y) in enumerate(parts):
             alone = isinstance(self.forward, DistributedDataParallel) and index < len(parts) - 1
-            if self.device.kind == "cuda":
+            if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # graphs may use the memory of the step before
             with self.forward.no_sync() if alone else nullcontext():
-                autocast = torch.autocast(self.device.kind, torch.bfloat16, enabled=self.setup.bfloat16)
+                autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.bfloat16)
                 with autocast, hardware.attention(self.device) if self.setup.best_backend else nullcontext():
                     loss = self.forward(x, y) / len(parts)
                 loss.backward()
@@ -205,7 +205,7 @@ def measure(
     device = hardware.select(world.device("cpu" if machine.kind == "cpu" else "auto"))
     machines.require(name, machine, device, world.size)
     torch.set_num_threads(world.threads())
-    if device.kind == "cuda":
+    if device.type == "cuda":
         torch.cuda.set_device(device.torch_name)
     setup = setup_of(machine, rung, device)
     config = config.model_copy(update={"block_size": machine.block_size})
@@ -263,7 +263,7 @@ def measure(
             else:
                 out_of_memory, reason = True, str(error).strip().splitlines()[0]
         gc.collect()
-        if device.kind == "cuda":
+        if device.type == "cuda":
             torch.cuda.empty_cache()
         if not reason:
             continue
@@ -298,7 +298,7 @@ def _climb(
 ) -> dict[str, Any]:
     """Train for the configured steps; returns the results of a record."""
     torch.compiler.reset()
-    if device.kind == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     climber = Rung(config, data.vocab_size, machine, setup, device, world, micro_batch_size)
     alone_seconds = _require_memory(climber, machine, world)
@@ -376,21 +376,21 @@ def _require_memory(climber: Rung, machine: MachineConfig, world: World) -> floa
 
 
 def _synchronize(device: hardware.Device) -> None:
-    if device.kind == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def _kernels(step: Callable[[], object], device: hardware.Device) -> dict[str, float]:
     """The kernels (operators on a CPU) of one more step by time, longest first: name and seconds."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.kind == "cuda":
+    if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         step()
     events = [event for event in profile.key_averages() if not event.is_user_annotation]
-    if device.kind == "cuda":  # operators have the time of their kernels too, which would count twice
+    if device.type == "cuda":  # operators have the time of their kernels too, which would count twice
         events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    attribute = "self_device_time_total" if device.kind == "cuda" else "self_cpu_time_total"
+    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     spent: dict[str, float] = {}
     for event in events:  # names of templates go on for pages; those that begin alike are one entry
         spent[event.key[:120]] = spent.get(event.key[:120], 0.0) + getattr(event, attribute) / 1e6

@@ -15,7 +15,7 @@ TOKENS_AT_ONCE = 1 << 13
 def autocast(device: Device) -> torch.autocast:
     """Autocast of matrix products to the device's dtype; everything else is float32."""
     dtype = torch_dtype(device)
-    return torch.autocast(device.kind, dtype=dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def evaluate(
         batch_size = max(1, TOKENS_AT_ONCE // block_size)
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device.torch_name if device.kind != "mps" else "cpu")
+    total = torch.zeros((), dtype=torch.float64, device=device.torch_name if device.type != "mps" else "cpu")
     for turn, (inputs, targets) in enumerate(sequential(ids, block_size, batch_size)):
         if turn % world.size != world.rank:
             continue

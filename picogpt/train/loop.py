@@ -99,7 +99,7 @@ class Trainer:
             self.config.batch_size, self.world.size, self.config.micro_batch_size, most
         )
         # Reading a loss synchronizes with a GPU, so there losses are read only when a line is logged.
-        self.reads_each_loss = self.device.kind != "cuda" or self.config.optimizer == "muon"
+        self.reads_each_loss = self.device.type != "cuda" or self.config.optimizer == "muon"
 
         models.source(
             experiment, data.vocab_size
@@ -150,7 +150,7 @@ class Trainer:
 
     def _distributed(self, module: Any) -> Callable[..., torch.Tensor]:
         """`module` with gradients averaged over the ranks (all-reduce) at the end of each step."""
-        ids = [self.world.local_rank] if self.device.kind == "cuda" else None
+        ids = [self.world.local_rank] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
     def _loop(self, bar: Training, stop: list[int], log: Callable[..., None]) -> None:
@@ -227,7 +227,7 @@ class Trainer:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        if self.device.kind == "cuda":  # a copy from pinned memory is asynchronous
+        if self.device.type == "cuda":  # a copy from pinned memory is asynchronous
             return tensor.pin_memory().to(self.device.torch_name, non_blocking=True)
         return tensor.to(self.device.torch_name)
 
@@ -296,7 +296,7 @@ class Trainer:
 
     def _charge(self, account: str) -> None:
         """Add the time since the last call to this field of `progress`."""
-        if self.device.kind == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         setattr(self.progress, account, getattr(self.progress, account) + now - self._mark)
@@ -418,7 +418,7 @@ class Trainer:
 
 def tokens_at_once(device: hardware.Device, model: ModelConfig) -> int:
     """Tokens of a forward pass without a configured micro-batch: on a GPU, as many as fit into half of its memory."""
-    most = TOKENS_AT_ONCE[device.kind]
+    most = TOKENS_AT_ONCE[device.type]
     memory = hardware.gpu_memory_bytes(device)
     if memory is None or isinstance(model, CharBigramConfig):
         return most
