@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from picogpt.cli.common import KINDS, RUN_PATTERN, WEIGHTS, now, require_fitting, size_of, token_folder
-from picogpt.errors import Interrupted, UsageError, launcher
+from picogpt.errors import Interrupted, UsageError
 from picogpt.files import read_text, write_text
+from picogpt.ranks import launcher
 
 BATCH = ("train.batch_size", "train.micro_batch_size", "model.block_size")
 """Settings that a machine of config/hardware/ brings."""
