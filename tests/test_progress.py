@@ -18,8 +18,8 @@ with Training("gpt2", 40, 10) as bar:
         bar.update(step, 5.4321, 12345, 5.5 if step > 20 else None)
 with Encoding("shard 0", 200) as bar:
     bar.advance(200, 10**6)
-with transfer("text.txt", 2048, start=1024) as advance:
-    advance(1024)
+with transfer("text.txt", 2048) as advance:
+    advance(2048)
 with counting("sampling", 5) as advance:
     advance(5)
 with Training("silent", 10, 0, shown=False) as bar:
@@ -53,7 +53,7 @@ def test_without_a_terminal_there_are_lines_with_everything():
     assert lines[:2] == ["before training: val loss 10.9", "gpt2: step 20/40  loss 5.4321  12,345 tokens/s"]
     assert re.fullmatch(r"gpt2: step 40/40  loss 5\.4321  12,345 tokens/s  val 5\.5000  00:00 left", lines[2])
     assert re.fullmatch(r"shard 0: documents 200/200  [\d,]+ tokens/s", lines[3])
-    assert lines[4:] == ["fetching text.txt: 2,048 bytes, 1,024 already here"]
+    assert lines[4:] == ["fetching text.txt: 2,048 bytes"]
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def _receive(address: str, file: File, part: Path) -> None:
         resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if not resumed:
             have = 0
-        with open(part, "ab" if resumed else "wb") as out, transfer(file.file, total=file.size, start=have) as advance:
+        with open(part, "ab" if resumed else "wb") as out, transfer(file.file, total=file.size) as advance:
             # Not iter_content, which buffers, and loses, what arrived just before the connection closed.
             for chunk in iter(lambda: response.raw.read1(CHUNK_BYTES), b""):
                 # A hostile server could send endlessly.

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from picogpt import hardware
-from picogpt.errors import PicogptError, UsageError, failure_mark
+from picogpt.errors import PicogptError, UsageError
+from picogpt.ranks import failure_mark
 
 T = TypeVar("T")
 _GROUPS: list[Any] = []
