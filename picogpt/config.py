@@ -221,7 +221,7 @@ class MachineConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> MachineConfig:
         if self.rungs[:1] != ["baseline"] or self.rungs != [rung for rung in RUNGS if rung in self.rungs]:
-            raise ValueError(f"rungs must begin with baseline, be of these and keep their order: {', '.join(RUNGS)}")
+            raise ValueError(f"rungs must begin with baseline, be of these and keep this order: {', '.join(RUNGS)}")
         if self.batch_size % (self.world_size * self.micro_batch_size):
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
