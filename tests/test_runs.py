@@ -96,12 +96,12 @@ def test_the_list_for_machines_and_for_one_model(picogpt, weights: Path):
     ("damage", "message"),
     [
         (lambda text: text[:100], "is not a result record"),
-        (lambda text: text.replace('"steps": 10', '"stepz": 10'), "steps missing"),
+        (lambda text: text.replace('"steps": 10', '"stepz": 10'), "results.steps"),
         (lambda text: text.replace('"parameters": ', '"parameters": "x'), "is not a result record"),
-        (lambda text: text.replace('"created": "', '"created": "once '), "date="),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema version 9"),
-        (lambda text: text.replace('"train char-bigram"', '"weights"'), "not of a training"),
-        (lambda text: "[]", "missing"),
+        (lambda text: text.replace('"created": "', '"created": "once '), "created="),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 9'), "schema version 9"),
+        (lambda text: text.replace('"task": "train"', '"task": "weights"'), "not of a training"),
+        (lambda text: "[]", "is not a result record"),
     ],
 )
 def test_a_damaged_record_is_named_and_the_others_are_listed(picogpt, weights: Path, damage, message: str):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from picogpt.data.tokenizers import Tokenizer
     from picogpt.data.tokens import TokenData
     from picogpt.models.language_model import LanguageModel
+    from picogpt.records import Key
 
 KINDS = ("char-bigram", "char-transformer", "gpt2")
 PRETRAINED = ("gpt2-pretrained", "gpt2-pretrained-medium", "gpt2-pretrained-large", "gpt2-pretrained-xl")
@@ -156,7 +157,7 @@ def _char_tokenizer(folder: Path | None, sha256: str, checkpoint: Path) -> Token
 
 
 @contextmanager
-def record_if_unavailable(measurement: str, out: Path | None) -> Iterator[None]:
+def record_if_unavailable(key: Key, out: Path | None) -> Iterator[None]:
     """Where the hub cannot be reached: end well, with a record in `out` that says so; without `out`, fail."""
     try:
         yield
@@ -165,6 +166,6 @@ def record_if_unavailable(measurement: str, out: Path | None) -> Iterator[None]:
             raise
         from picogpt import records
 
-        records.write(out, records.unreachable(measurement, str(error)))
-        click.echo(f"{measurement}: not measured here: {records.HUB_UNREACHABLE}", err=True)
+        records.write(out, records.unreachable(key, str(error)))
+        click.echo(f"{key}: not measured here: {records.HUB_UNREACHABLE}", err=True)
         raise click.exceptions.Exit(0) from error
