@@ -72,7 +72,7 @@ def diff(first: str, second: str) -> None:
         rows.append((section, "", "", ""))
         comma = "," if section == "results" else ""  # a setting is shown as --set takes it
         for _, key, one, two in group:
-            amount = f"{two - one:+{comma}.7g}" if _is_number(one) and _is_number(two) else ""
+            amount = _shown(two - one, "+" + comma) if _is_number(one) and _is_number(two) else ""
             rows.append((f"  {key}", _shown(one, comma), _shown(two, comma), amount))
     click.echo(_aligned(rows, range(1, 4)))
     if {section for section, *_ in differing} == {"results"}:
@@ -100,10 +100,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shown(value: Any, comma: str) -> str:
-    """A value of a record in a few characters."""
+def _shown(value: Any, form: str) -> str:
+    """A value of a record in a few characters; `form` begins the format of a number."""
     if _is_number(value):
-        return f"{value:{comma}}" if isinstance(value, int) else f"{value:{comma}.7g}"
+        return f"{value:{form}}" if isinstance(value, int) else f"{value:{form}.7g}"
     if isinstance(value, str):
         return value[:12] if re.fullmatch("[0-9a-f]{40,64}", value) else value
     return "-" if value is None else json.dumps(value)

@@ -109,20 +109,18 @@ def read_references(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
 
     Raises PicogptError when one was edited or does not say what it was measured with.
     """
-    by_folder: dict[Path, list[Path]] = {}
-    for path in paths:
-        by_folder.setdefault(path.parent, []).append(path)
+    paths = list(paths)
     found: dict[Key, dict[str, Any]] = {}
-    for folder, files in by_folder.items():
+    for folder in dict.fromkeys(path.parent for path in paths):
+        files = [path for path in paths if path.parent == folder]
         reference.check(folder)
         for path in files:
             reference.require_good(path, records.read(path))
         # A ladder belongs to one machine: it never gets a rung from another.
         ladders = {key.machine for key in found if key.task == "ladder"}
-        more = {
-            key: tree for key, tree in read_records(files).items() if key.task != "ladder" or key.machine not in ladders
-        }
-        found = more | found
+        for key, record in read_records(files).items():
+            if key.task != "ladder" or key.machine not in ladders:
+                found.setdefault(key, record)
     return found
 
 

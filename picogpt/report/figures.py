@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,9 @@ from picogpt import records
 from picogpt.errors import PicogptError
 from picogpt.files import atomic_write
 from picogpt.report.compare import CORPUS, on_published_text, published_for
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish; grey for published values.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
@@ -35,15 +39,14 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
 
     Two panels: the whole run, and its lower part magnified. Epochs are marked by dotted lines.
     """
-    plt = pyplot()
     record = records.read(run_folder / "record.json")
     train, val, exact_train = _losses(run_folder / "metrics.jsonl")
     results, device, lines = record["results"], record["device"], _references(record)
-    marker = {"linestyle": "none", "markeredgecolor": "white", "zorder": 5}
+    marker: Any = {"linestyle": "none", "markeredgecolor": "white", "zorder": 5}
     part = EVALUATED.get(record["config"]["train"].get("eval_train"))
     unit = "token" if record["model"] == "gpt2" else "character"
-    with plt.rc_context(STYLE):
-        figure, (whole, lower) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1, 1.5))
+    with drawing(out, 11, 4.6) as figure:
+        whole, lower = figure.subplots(1, 2, width_ratios=(1, 1.5))
         for axes, title in ((whole, "whole run"), (lower, "magnified")):
             for epoch in range(1, int(results["epochs"] + 0.01) + 1):
                 axes.axvline(epoch, color="#bdbdbd", linewidth=0.8, linestyle=(0, (1, 2)))
@@ -61,7 +64,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         lower.set_ylim(_magnified(train, val, [value for value, *_ in lines], results["epochs"]))
         whole.set_ylabel(f"loss, nats per {unit}")
         handles, labels = lower.get_legend_handles_labels()
-        where = {"loc": "lower left", "bbox_to_anchor": (0.005, 0.055)}
+        where: Any = {"loc": "lower left", "bbox_to_anchor": (0.005, 0.055)}
         figure.legend(handles, labels, **where, ncols=3, fontsize=9.5, columnspacing=1.6)
         model = " ".join(filter(None, (record["model"], record["machine"])))
         title = f"{model} on {record['corpus'].get('name')}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {unit}s seen"
@@ -72,26 +75,19 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         )
         figure.text(0.012, 0.018, caption, fontsize=9, color=GREY)
         figure.tight_layout(rect=(0, 0.21, 1, 1))
-        save(figure, out)
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, loaded when a figure is drawn, and without a screen."""
+@contextmanager
+def drawing(out: Path, width: float, height: float) -> Iterator[Figure]:
+    """A new figure in the style of all, of this size in inches; it is written to `out` as PNG, in one piece."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save(figure: Any, out: Path) -> None:
-    """Write a figure as PNG, in one piece, and free it."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=144)
-    pyplot().close(figure)
-    with atomic_write(out) as file:
-        file.write(picture.getvalue())
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        yield figure
+        with atomic_write(out) as file:
+            figure.savefig(file, format="png", dpi=144)
 
 
 def _losses(metrics: Path) -> list[pd.Series]:

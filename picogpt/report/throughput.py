@@ -8,7 +8,7 @@ from typing import Any
 
 from picogpt.records import Key
 from picogpt.report.compare import published_for, read_records, read_references
-from picogpt.report.figures import BLUE, GREEN, GREY, STYLE, VERMILION, pyplot, save
+from picogpt.report.figures import BLUE, GREEN, GREY, VERMILION, drawing
 from picogpt.report.ladder import LOSS_TOLERANCE, Ladder, find
 
 GPT2_124M = 124_439_808
@@ -41,22 +41,22 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
         if row := published_for(Key("ladder", "gpt2", ladder.name, rung)).get("speedup"):
             marks[rung] = row["published"]
     target = published_for(Key("train", "gpt2", ladder.name)).get("tokens_per_second", {}).get("published")
-    bars = {rung: ladder.rungs[rung]["results"] for rung in rungs if _has_speedup(ladder, rung)}
+    results = {rung: ladder.rungs[rung]["results"] for rung in rungs if rung in ladder.rungs}
+    bars = {rung: bar for rung, bar in results.items() if bar.get("speedup")}
     ends = marks | {rung: max(_steps(bar)[1], marks.get(rung, 0)) for rung, bar in bars.items()}
     longest = max([1.0, *marks.values(), *(bar["speedup"] for bar in bars.values())])
 
-    plt = pyplot()
     height = 1.9 + 0.42 * len(rungs)  # inches
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(10.5, height))
+    with drawing(out, 10.5, height) as figure:
+        axes = figure.subplots()
         for rung, bar in bars.items():
             speedup, (slowest, fastest) = bar["speedup"], _steps(bar)
-            look = {"color": BLUE} if ladder.here else {"color": GREEN, "hatch": "//"}
+            look: Any = {"color": BLUE} if ladder.here else {"color": GREEN, "hatch": "//"}
             error = {"ecolor": "#222222", "elinewidth": 1.1, "capsize": 2.5}
             spread = [[speedup - slowest], [fastest - speedup]]
             axes.barh(rungs[rung], speedup, 0.62, xerr=spread, error_kw=error, edgecolor="white", **look)
         axes.plot(
-            marks.values(), [rungs[rung] for rung in marks], "D",
+            list(marks.values()), [rungs[rung] for rung in marks], "D",
             markersize=8, color=VERMILION, markeredgecolor="white", zorder=5,
         )  # fmt: skip
         if target and "baseline" in bars:
@@ -67,23 +67,20 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
             words = _amount(bars[rung]) if rung in bars else f"{marks[rung]:g}x" if rung in marks else ""
             axes.text(ends.get(rung, 0) + 0.015 * longest, position, words, va="center", fontsize=10)
             if ladder.rungs and rung not in bars:
-                axes.text(0.02, position, _reason(ladder, rung), va="center", fontsize=9, color=GREY, style="italic")
+                known = ladder.rungs.get(rung)
+                reason = f": {known.get('not_measured') or 'no baseline to compare with'}" if known else ""
+                axes.text(0.02, position, "not measured" + reason, va="center", fontsize=9, color=GREY, style="italic")
         axes.set_yticks(list(rungs.values()), [LABELS[rung] for rung in rungs])
         axes.set(ylim=(len(rungs) - 0.4, -0.6), xlim=(0, longest * 1.42), xlabel="speed-up over the baseline")
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         if not bars:
             _say_so(axes, bool(ladder.rungs), bool(marks), target)
-        small = {"fontsize": 9.5, "color": GREY}
+        small: Any = {"fontsize": 9.5, "color": GREY}
         figure.text(0.012, 1 - 0.12 / height, _title(ladder, bars), fontsize=13, va="top", fontweight="bold")
         figure.text(0.012, 1 - 0.42 / height, _subtitle(ladder, bars, bool(marks), target), va="top", **small)
         figure.text(0.012, 0.1 / height, _caption(ladder, bars), va="bottom", **small | {"fontsize": 9})
         figure.tight_layout(rect=(0, 0.42 / height, 1, 1 - 0.6 / height))
-        save(figure, out)
-
-
-def _has_speedup(ladder: Ladder, rung: str) -> bool:
-    return rung in ladder.rungs and bool(ladder.rungs[rung]["results"].get("speedup"))
 
 
 def _steps(bar: dict[str, Any]) -> tuple[float, float]:
@@ -131,14 +128,8 @@ def _amount(bar: dict[str, Any]) -> str:
     if bar.get("mfu"):
         parts.append(f"{100 * bar['mfu']:.0f}% of its bfloat16 peak")
     if bar.get("out_of_memory"):
-        parts.append(f"micro-batches of {bar['micro_batch_size']}: larger ones ran out of memory")
+        parts.append(f"micro-batches of {bar.get('micro_batch_size')}: larger ones ran out of memory")
     return "  ".join(parts)
-
-
-def _reason(ladder: Ladder, rung: str) -> str:
-    if rung not in ladder.rungs:
-        return "not measured"
-    return f"not measured: {ladder.rungs[rung].get('not_measured', 'no baseline to compare with')}"
 
 
 def _caption(ladder: Ladder, bars: dict[str, dict[str, Any]]) -> str:
