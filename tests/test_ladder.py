@@ -60,7 +60,7 @@ def climbed(tmp_path_factory: pytest.TempPathFactory, tokens: TokenData) -> dict
         by_kind = {}
         for rung in machine.rungs:
             record = ladder.measure("box", machine, rung, config, tokens, World())
-            by_kind[record["kind"]] = record
+            by_kind[records.key(record)] = record
     compare_with_baselines(by_kind)
     return {record["config"]["rung"]: record for record in by_kind.values()}
 
@@ -275,17 +275,17 @@ def test_the_figure_says_what_is_measured_and_what_is_published(monkeypatch, cli
 
 def reference_folder(folder: Path, climbed: dict[str, dict], **change: object) -> list[Path]:
     """Reference records of an imagined A30."""
-    from picogpt.reference import _sum_up
+    from picogpt.reference import write_sums
 
     folder.mkdir(parents=True)
     files = []
     for rung in ("baseline", "bf16"):
-        record = json.loads(json.dumps(climbed[rung])) | {"kind": f"ladder a30 {rung}"} | change
+        record = json.loads(json.dumps(climbed[rung])) | {"machine": "a30"} | change
         record["device"] = {**record["device"], "name": "NVIDIA A30", "kind": "cuda", "driver": "570.1"}
         record |= {"commit": "0" * 40, "dirty": False, "corpus": {}}
         files.append(folder / f"ladder_a30_{rung}.json")
         files[-1].write_text(json.dumps(record))
-    _sum_up(folder)
+    write_sums(folder)
     return files
 
 
@@ -313,20 +313,22 @@ def test_a_rung_whose_loss_is_another_is_told(monkeypatch, climbed, box: Path, t
 def test_where_nothing_is_compared_no_difference_is_told(climbed):
     flash = json.loads(json.dumps(climbed["flash"]))
     flash["results"]["loss_difference"] = None  # as without a baseline
-    assert report_ladder.largest_difference({"flash": flash}) is None
-    assert report_ladder.largest_difference({}) is None
+    for rungs in ({"flash": flash}, {}):
+        assert report_ladder.Ladder("cpu", machines.load("cpu"), rungs, here=True).largest_difference is None
 
 
 def test_a_ladder_never_gets_a_rung_from_another_machine(climbed, tmp_path: Path):
     first = reference_folder(tmp_path / "reference/nvidia_a30", climbed)
     (tmp_path / "reference/other").mkdir()
-    from picogpt.reference import _sum_up
+    from picogpt.reference import write_sums
 
     other = tmp_path / "reference/other/ladder_a30_tf32.json"
     clean = {"commit": "0" * 40, "dirty": False, "corpus": {}}
-    other.write_text(json.dumps(climbed["flash"] | clean | {"kind": "ladder a30 tf32"}))
-    _sum_up(other.parent)
-    assert set(read_references([*first, other])) == {"ladder a30 baseline", "ladder a30 bf16"}
+    other.write_text(json.dumps(climbed["flash"] | clean | {"machine": "a30", "rung": "tf32"}))
+    write_sums(other.parent)
+    assert set(read_references([*first, other])) == {
+        records.Key("ladder", "gpt2", "a30", rung) for rung in ("baseline", "bf16")
+    }
 
 
 def test_rungs_of_another_device_or_without_a_baseline_are_not_compared(
@@ -341,13 +343,13 @@ def test_rungs_of_another_device_or_without_a_baseline_are_not_compared(
     baseline["device"]["name"] = "another CPU"
     records.write(tmp_path / "baseline.json", baseline)
     with pytest.raises(
-        PicogptError, match=r"ladder box flash was measured with device name .*, and ladder box baseline"
+        PicogptError, match=r"ladder box flash was measured with device.name .*, and its baseline with another CPU"
     ):
         draw_throughput(str(box), [tmp_path / "baseline.json", tmp_path / "flash.json"], [], tmp_path / "box.png")
     baseline["device"] = flash["device"]
     baseline["config"]["hardware"]["batch_size"] = 8
     records.write(tmp_path / "baseline.json", baseline)
-    with pytest.raises(PicogptError, match=r"measured with config hardware batch_size 4, and .* with 8"):
+    with pytest.raises(PicogptError, match=r"measured with config.hardware.batch_size 4, and .* with 8"):
         draw_throughput(str(box), [tmp_path / "baseline.json", tmp_path / "flash.json"], [], tmp_path / "box.png")
 
 

@@ -452,7 +452,7 @@ def test_a_training_longer_than_its_time_limit_goes_on_from_where_it_was(pipelin
     assert status == 0, out
     run = pipeline.folder / FINEWEB
     record = records.read(run / "record.json")
-    assert (record["ranks"], record["kind"], record["results"]["sessions"]) == (2, "train gpt2 across", 2)
+    assert (record["ranks"], record["machine"], record["results"]["sessions"]) == (2, "across", 2)
     assert_same_run(run, straight / FINEWEB)
     # The same by hand, in one go, with both ranks on one node.
     (tmp_path / "across.yaml").write_text(yaml.safe_dump({**MACHINES["across"], "nodes": 1, "ranks": 2}))

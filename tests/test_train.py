@@ -255,7 +255,7 @@ def test_the_record_says_where_its_numbers_come_from(straight: Path, tokens: Tok
     del record["commit"]
     path = straight.parent / "edited.json"
     path.write_text(json.dumps(record))
-    with pytest.raises(PicogptError, match="not a complete result record: commit missing"):
+    with pytest.raises(PicogptError, match=r"not a complete result record:\n  commit: missing\n  results=null"):
         records.read(path)
 
 

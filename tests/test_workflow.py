@@ -306,7 +306,7 @@ def test_where_openais_weights_are_here_the_page_shows_them(finished: Path):
     folder = Path(shutil.copytree(finished, finished.with_name("copy")))  # as far from the source tree as the first
     for name in ("evaluate", "sampling"):
         ours = json.loads((folder / f"results/records/{name}_gpt2_int8.json").read_text())
-        theirs = {**ours, "kind": ours["kind"].replace("gpt2", "gpt2-pretrained")}
+        theirs = {**ours, "model": "gpt2-pretrained"}
         if name == "evaluate":
             theirs["results"] = {"val_loss": 3.125, "texts": ["theirs, the first", "theirs, the second"]}
         (folder / f"results/records/{name}_gpt2-pretrained_int8.json").write_text(json.dumps(theirs))

@@ -55,7 +55,7 @@ def measure(
     results = _tokenizing(tokenizer, documents, threads, runs) | _reading(counts, windows, tokenizer.vocab_size)
     return {
         **provenance,
-        "kind": "data",
+        **records.Key("data")._asdict(),
         "corpus": {},
         "config": {
             "text_sha256": sha256_file(text),

@@ -51,7 +51,7 @@ def measure(
         texts = [sample.text for sample in sample_texts(model, tokenizer, ids, num_tokens, decoding, seed)[0]]
     return {
         **provenance,
-        "kind": f"evaluate {kind} {dtype}",
+        **records.Key("evaluate", kind, dtype=dtype)._asdict(),
         "corpus": data.corpus(),
         "config": {
             "model": model.config.model_dump(),

@@ -35,6 +35,7 @@ def measure(
     """
     selected = hardware.select(device, "float32" if dtype == "float32" else "bfloat16")
     provenance = records.provenance(selected)
+    key = records.Key("sampling", kind, dtype=dtype) if batch_size == 1 else records.Key("streams", kind)
     model = prepare(model, device, dtype)
     where = next(model.parameters()).device
     ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(where)
@@ -63,7 +64,7 @@ def measure(
             advance(1)
     return {
         **provenance,
-        "kind": f"sampling {kind} {dtype if batch_size == 1 else 'streams'}",
+        **key._asdict(),
         "corpus": {},
         "config": {
             "model": model.config.model_dump(),

@@ -23,7 +23,7 @@ def measure(files: Mapping[str, Path], missing: Mapping[str, str]) -> dict[str, 
             raise PicogptError(f"cannot read {path}: {error.strerror}") from error
     return {
         **records.provenance(hardware.select("cpu")),
-        "kind": "weights",
+        **records.Key("weights")._asdict(),
         "corpus": {},
         "config": {"files": {name: str(path) for name, path in files.items()}},
         "missing": {f"{name} MB": reason for name, reason in missing.items()},

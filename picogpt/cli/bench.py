@@ -54,7 +54,7 @@ def sample(
     """
     from picogpt import records
 
-    with record_if_unavailable(f"sampling {kind} {dtype}", out if optional else None):
+    with record_if_unavailable(records.Key("sampling", kind, dtype=dtype), out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
     from picogpt.bench import sampling
     from picogpt.stream import first_prompt

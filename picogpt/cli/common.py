@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from picogpt.data.tokenizers import Tokenizer
     from picogpt.data.tokens import TokenData
     from picogpt.models.language_model import LanguageModel
+    from picogpt.records import Key
 
 KINDS = tuple(MODELS)
 WEIGHTS = Path("weights")
@@ -121,7 +122,7 @@ def load_model(
 
 
 @contextmanager
-def record_if_unavailable(measurement: str, out: Path | None) -> Iterator[None]:
+def record_if_unavailable(key: Key, out: Path | None) -> Iterator[None]:
     """Where the hub cannot be reached: end well, with a record in `out` that says so; without `out`, fail."""
     try:
         yield
@@ -130,6 +131,6 @@ def record_if_unavailable(measurement: str, out: Path | None) -> Iterator[None]:
             raise
         from picogpt import records
 
-        records.write(out, records.unreachable(measurement, str(error)))
-        click.echo(f"{measurement}: not measured here: {records.HUB_UNREACHABLE}", err=True)
+        records.write(out, records.unreachable(key, str(error)))
+        click.echo(f"{key}: not measured here: {records.HUB_UNREACHABLE}", err=True)
         raise click.exceptions.Exit(0) from error

@@ -172,7 +172,7 @@ def evaluate(
     from picogpt.data.corpus import open_data
 
     token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
-    with record_if_unavailable(f"evaluate {kind} {dtype}", out if optional else None):
+    with record_if_unavailable(records.Key("evaluate", kind, dtype=dtype), out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
     from picogpt.bench import quality
 

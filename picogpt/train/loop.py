@@ -345,7 +345,7 @@ class Trainer:
             results["closed_form_train_loss"] = bound
         return {
             **self.provenance,
-            "kind": f"train {model.kind}" + (f" {self.machine}" if self.machine else ""),
+            **records.Key("train", model.kind, self.machine)._asdict(),
             "fingerprint": self.folder.fingerprint,
             "corpus": self.data.corpus(),
             "config": self.experiment.model_dump(mode="json"),
