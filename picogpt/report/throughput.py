@@ -7,25 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from picogpt.records import Key
+from picogpt.registry import RUNGS
 from picogpt.report.compare import published_for, read_records, read_references
 from picogpt.report.figures import BLUE, GREEN, GREY, VERMILION, drawing
 from picogpt.report.ladder import LOSS_TOLERANCE, Ladder, find
 
 GPT2_124M = 124_439_808
-LABELS = {
-    "baseline": "baseline: float32, AdamW",
-    "tf32": "+ TF32",
-    "bf16": "+ bfloat16 autocast",
-    "compile": "+ torch.compile",
-    "flash": "+ flash attention",
-    "padded_vocab": "+ padded vocabulary",
-    "fused_adamw": "+ fused AdamW, decay groups",
-    "fused_loss": "+ fused head and loss",
-    "best_attention": "+ fastest attention kernel",
-    "kept_memory": "+ malloc keeps freed memory",
-    "cuda_graphs": "+ CUDA graphs",
-    "max_autotune": "+ max-autotune",
-}
 
 
 def draw_throughput(name: str, record_files: Iterable[Path], reference_files: Iterable[Path], out: Path) -> None:
@@ -70,7 +57,7 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
                 known = ladder.rungs.get(rung)
                 reason = f": {known.get('not_measured') or 'no baseline to compare with'}" if known else ""
                 axes.text(0.02, position, "not measured" + reason, va="center", fontsize=9, color=GREY, style="italic")
-        axes.set_yticks(list(rungs.values()), [LABELS[rung] for rung in rungs])
+        axes.set_yticks(list(rungs.values()), [RUNGS[rung].label for rung in rungs])
         axes.set(ylim=(len(rungs) - 0.4, -0.6), xlim=(0, longest * 1.42), xlabel="speed-up over the baseline")
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
