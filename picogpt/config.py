@@ -11,18 +11,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import IO, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from picogpt.errors import UsageError
 from picogpt.files import read_text
-
-MODEL_KINDS = ("char-bigram", "char-transformer", "gpt2")
+from picogpt.registry import GPT2_SIZES, MODELS, RUNGS, settings_class
 
 
 class Settings(BaseModel):
@@ -31,24 +29,36 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class CharBigramConfig(Settings):
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """A field with a default value, a description and pydantic's limits."""
+    return Field(default, description=description, **limits)
+
+
+class ModelConfig(Settings):
+    """Base of the settings of a model; `kind` is its name in the registry."""
+
+    kind: str
+    block_size: int
+
+
+class CharBigramConfig(ModelConfig):
     """A table of logits: row, the current character; column, the next one."""
 
     kind: Literal["char-bigram"]
-    block_size: int = Field(
-        256, ge=1, description="length of a training sequence, in characters (the model itself uses only the last one)"
+    block_size: int = setting(
+        256, "length of a training sequence, in characters (the model itself uses only the last one)", ge=1
     )
 
 
-class CharTransformerConfig(Settings):
+class CharTransformerConfig(ModelConfig):
     """A decoder-only transformer over characters."""
 
     kind: Literal["char-transformer"]
-    n_layer: int = Field(4, ge=1, description="number of blocks")
-    n_head: int = Field(4, ge=1, description="attention heads of a block")
-    n_embd: int = Field(256, ge=2, description="width of the residual stream")
-    block_size: int = Field(256, ge=2, description="context length, in characters")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the embedding and on each branch")
+    n_layer: int = setting(4, "number of blocks", ge=1)
+    n_head: int = setting(4, "attention heads of a block", ge=1)
+    n_embd: int = setting(256, "width of the residual stream", ge=2)
+    block_size: int = setting(256, "context length, in characters", ge=2)
+    dropout: float = setting(0.0, "dropout on the embedding and on each branch", ge=0, lt=1)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> CharTransformerConfig:
@@ -59,34 +69,26 @@ class CharTransformerConfig(Settings):
         return self
 
 
-GPT2_SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
-"""n_layer, n_head and n_embd of the published models, by their number of parameters."""
-
-
-class GPT2Config(Settings):
+class GPT2Config(ModelConfig):
     """GPT-2, of a published size or of any other."""
 
     kind: Literal["gpt2"]
-    size: Literal["124M", "355M", "774M", "1558M"] | None = Field(
-        None, exclude=True, description="a published size, 124M, 355M, 774M or 1558M: sets n_layer, n_head and n_embd"
+    size: Literal["124M", "355M", "774M", "1558M"] | None = setting(
+        None, "a published size, 124M, 355M, 774M or 1558M: sets n_layer, n_head and n_embd", exclude=True
     )
-    n_layer: int = Field(12, ge=1, description="number of blocks")
-    n_head: int = Field(12, ge=1, description="attention heads of a block")
-    n_embd: int = Field(768, ge=1, description="width of the residual stream")
-    block_size: int = Field(1024, ge=2, description="context length, in tokens")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the embedding, the attention and each branch")
+    n_layer: int = setting(12, "number of blocks", ge=1)
+    n_head: int = setting(12, "attention heads of a block", ge=1)
+    n_embd: int = setting(768, "width of the residual stream", ge=1)
+    block_size: int = setting(1024, "context length, in tokens", ge=2)
+    dropout: float = setting(0.0, "dropout on the embedding, the attention and each branch", ge=0, lt=1)
 
     @model_validator(mode="before")
     @classmethod
     def _expand_size(cls, tree: Any) -> Any:
         # Equal models have equal settings, so the size itself is not kept.
-        if not isinstance(tree, dict) or tree.get("size") not in GPT2_SIZES:
-            return tree
-        return {
-            **tree,
-            "size": None,
-            **dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[tree["size"]], strict=True)),
-        }
+        if isinstance(tree, dict) and (size := GPT2_SIZES.get(str(tree.get("size")))):
+            return {**tree, "size": None, "n_layer": size.n_layer, "n_head": size.n_head, "n_embd": size.n_embd}
+        return tree
 
     @model_validator(mode="after")
     def _heads_fit(self) -> GPT2Config:
@@ -95,57 +97,49 @@ class GPT2Config(Settings):
         return self
 
 
-ModelConfig = Annotated[CharBigramConfig | CharTransformerConfig | GPT2Config, Field(discriminator="kind")]
-
-
 class TrainConfig(Settings):
     """Everything that changes what is learned."""
 
-    seed: int = Field(1337, ge=0, lt=2**31, description="seed of the initial weights, the data order and dropout")
-    init: Literal["scratch", "pretrained"] = Field(
-        "scratch", description="initial weights: drawn from the seed, or OpenAI's of the same shape (gpt2 only)"
+    seed: int = setting(1337, "seed of the initial weights, the data order and dropout", ge=0, lt=2**31)
+    init: Literal["scratch", "pretrained"] = setting(
+        "scratch", "initial weights: drawn from the seed, or OpenAI's of the same shape (gpt2 only)"
     )
-    epochs: float | None = Field(None, gt=0, description="passes over the training text (this or steps)")
-    steps: int | None = Field(None, ge=1, description="optimizer steps (this or epochs)")
-    batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all ranks")
-    micro_batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="sequences of one forward pass on one rank, with gradient accumulation; default: by device",
+    epochs: float | None = setting(None, "passes over the training text (this or steps)", gt=0)
+    steps: int | None = setting(None, "optimizer steps (this or epochs)", ge=1)
+    batch_size: int = setting(16, "sequences per optimizer step, over all ranks", ge=1)
+    micro_batch_size: int | None = setting(
+        None, "sequences of one forward pass on one rank, with gradient accumulation; default: by device", ge=1
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="dtype of the matrix products, also in evaluation; auto: bfloat16 where the device is fast with it",
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "dtype of the matrix products, also in evaluation; auto: bfloat16 where the device is fast with it"
     )
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: orthogonalized momentum for the matrices of the blocks, AdamW for the rest"
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "muon: orthogonalized momentum for the matrices of the blocks, AdamW for the rest"
     )
-    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
-    embedding_learning_rate: float | None = Field(
-        None, gt=0, description="learning rate of the embeddings; default: learning_rate"
+    learning_rate: float = setting(3e-3, "peak learning rate of AdamW", gt=0)
+    embedding_learning_rate: float | None = setting(
+        None, "learning rate of the embeddings; default: learning_rate", gt=0
     )
-    matrix_learning_rate: float = Field(0.02, gt=0, description="peak learning rate of Muon")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
-    weight_decay: float = Field(
-        0.0, ge=0, description="decoupled weight decay of matrices; never of gains, biases or embeddings"
+    matrix_learning_rate: float = setting(0.02, "peak learning rate of Muon", gt=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
+    eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
+    momentum: float = setting(0.95, "Muon's Nesterov momentum", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices; never of gains, biases or embeddings", ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "learning-rate schedule after warm-up and plateau"
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="learning-rate schedule after warm-up and plateau"
+    warmup_steps: int = setting(0, "steps of linear warm-up", ge=0)
+    decay_fraction: float = setting(
+        1.0, "share of the steps, at the end, in which the learning rate decays", gt=0, le=1
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    decay_fraction: float = Field(
-        1.0, gt=0, le=1, description="share of the steps, at the end, in which the learning rate decays"
+    final_learning_rate_fraction: float = setting(
+        0.0, "learning rate of the last step, as a fraction of the peak", ge=0, le=1
     )
-    final_learning_rate_fraction: float = Field(
-        0.0, ge=0, le=1, description="learning rate of the last step, as a fraction of the peak"
-    )
-    grad_clip: float = Field(0.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
-    eval_interval: int = Field(100, ge=1, description="steps between evaluations on the whole validation text")
-    eval_train: Literal["none", "part", "whole"] = Field(
+    grad_clip: float = setting(0.0, "clip the global gradient norm to this; 0: no clipping", ge=0)
+    eval_interval: int = setting(100, "steps between evaluations on the whole validation text", ge=1)
+    eval_train: Literal["none", "part", "whole"] = setting(
         "none",
-        description="also evaluate on the training text, before and after training; part: as many tokens as in the validation text",
+        "also evaluate on the training text, before and after training; part: as many tokens as in the validation text",
     )
 
     @model_validator(mode="after")
@@ -158,12 +152,9 @@ class TrainConfig(Settings):
 class RuntimeConfig(Settings):
     """How to run: where, how fast, how chatty. A run can be resumed under other values."""
 
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="device: auto, cpu, cuda, cuda:N or mps"
-    )
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="use torch.compile; auto: yes, falling back to eager with one warning where no compiler works",
+    device: str = setting("auto", "device: auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "use torch.compile; auto: yes, falling back to eager with one warning where no compiler works"
     )
 
     @field_validator("compile", mode="before")
@@ -172,17 +163,26 @@ class RuntimeConfig(Settings):
         # YAML reads a bare on or off as a boolean.
         return ("off", "on")[value] if isinstance(value, bool) else value
 
-    threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
-    log_interval: int = Field(10, ge=1, description="steps between lines of the metrics file")
-    checkpoint_interval: int = Field(100, ge=1, description="steps between checkpoints (last.pt)")
+    threads: int = setting(0, "CPU threads; 0: one per core", ge=0)
+    log_interval: int = setting(10, "steps between lines of the metrics file", ge=1)
+    checkpoint_interval: int = setting(100, "steps between checkpoints (last.pt)", ge=1)
 
 
 class Experiment(Settings):
     """A model and how to train it: one file of `config/models/`."""
 
-    model: ModelConfig
+    model: SerializeAsAny[ModelConfig]
     train: TrainConfig
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @field_validator("model", mode="wrap")
+    @classmethod
+    def _by_kind(cls, value: Any, check: Callable[[Any], ModelConfig]) -> ModelConfig:
+        if not isinstance(value, dict) or "kind" not in value:
+            return check(value)
+        if value["kind"] not in MODELS:
+            raise ValueError(f"there is no kind {value['kind']!r}: there are {', '.join(MODELS)}")
+        return settings_class(value["kind"]).model_validate(value)
 
     def fingerprint(self, vocab_size: int, data_sha256: str) -> str:
         """Hash of all that decides the learned weights: model, training, data; not of `runtime`."""
@@ -193,13 +193,6 @@ class Experiment(Settings):
             data_sha256,
         ]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-RUNGS = (
-    "baseline", "tf32", "bf16", "compile", "flash", "padded_vocab", "fused_adamw",
-    "fused_loss", "best_attention", "kept_memory", "cuda_graphs", "max_autotune",
-)  # fmt: skip
-Rung = Literal[RUNGS]  # type: ignore[valid-type]
 
 
 class MachineConfig(Settings):
@@ -215,7 +208,7 @@ class MachineConfig(Settings):
     block_size: int = Field(1024, ge=2, description="tokens per sequence")
     warmup_steps: int = Field(ge=1, description="untimed steps at the start; compilation happens in the first")
     steps: int = Field(ge=3, description="timed steps, each timed separately")
-    rungs: Annotated[list[Rung], Field(min_length=1)] = Field(
+    rungs: list[str] = Field(
         description="optimizations of the training ladder, each including those before it; omit what the device lacks"
     )
 
@@ -227,8 +220,8 @@ class MachineConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> MachineConfig:
-        if self.rungs[0] != "baseline" or list(self.rungs) != sorted(set(self.rungs), key=RUNGS.index):
-            raise ValueError(f"rungs must begin with baseline and keep this order: {', '.join(RUNGS)}")
+        if self.rungs[:1] != ["baseline"] or self.rungs != [rung for rung in RUNGS if rung in self.rungs]:
+            raise ValueError(f"rungs must begin with baseline, be of these and keep this order: {', '.join(RUNGS)}")
         if self.batch_size % (self.world_size * self.micro_batch_size):
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
@@ -265,10 +258,11 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "config"
 
 
-def model_file(name: str | Path, size: str = "cpu") -> Path:
+def model_file(name: str | Path, size: str = "cpu") -> str | Path:
     """The settings file that `name` stands for: a path, or the name of a file in `config/models/` such as gpt2_fineweb.
 
-    `size` (cpu or gpu) chooses between the two files of a model that has one for each kind of machine.
+    `size` (cpu or gpu) chooses between the two files of a model that has one for each kind of machine. A model without a
+    file has its own defaults: its name is returned.
 
     Raises UsageError, with the names that there are, when it is neither.
     """
@@ -276,19 +270,23 @@ def model_file(name: str | Path, size: str = "cpu") -> Path:
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
     stem = str(name).replace("-", "_")
-    shipped = [file for file in (folder / f"{stem}.yaml", folder / f"{stem}_{size}.yaml") if file.exists()]
-    if not shipped:
-        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UsageError(f"there are no settings called {name}: give the path of a YAML file, or one of {names}")
-    return shipped[0]
+    for file in (folder / f"{stem}.yaml", folder / f"{stem}_{size}.yaml"):
+        if file.exists():
+            return file
+    if name in MODELS:
+        return name
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    raise UsageError(f"there are no settings called {name}: give the path of a YAML file, or one of {names}")
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read the settings of an experiment and apply `overrides` ("train.seed=7", the value in YAML).
+    """Read the settings of an experiment, a file or the defaults of a model, and apply `overrides`.
+
+    `overrides` are like "train.seed=7", with the value in YAML.
 
     Raises UsageError naming the file, the key and what is allowed; PicogptError when it cannot be read.
     """
-    tree = read_yaml(path)
+    tree = {"model": {"kind": path}, "train": {}} if path in MODELS else read_yaml(path)
     for override in overrides:
         _override(tree, override)
     source = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
@@ -314,7 +312,7 @@ def parse(cls: type[AnySettings], tree: dict, source: str) -> AnySettings:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(cls, detail) for detail in error.errors()]
+        lines = [_explain(cls, tree, detail) for detail in error.errors()]
         raise UsageError("\n  ".join([f"{source}:", *lines])) from error
 
 
@@ -347,16 +345,12 @@ def _override(tree: dict, override: str) -> None:
         node.pop(other, None)
 
 
-def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
-    # pydantic puts the branch of a union into the location: a kind of model, or a type. It is no key of the file.
-    path = [
-        str(part)
-        for before, part in zip((None, *detail["loc"]), detail["loc"], strict=False)
-        if not (before == "model" and part in MODEL_KINDS) and not BRANCH.fullmatch(str(part))
-    ]
+def _explain(cls: type[Settings], tree: dict, detail: Any) -> str:
+    # pydantic puts the branch of a union of types into the location. It is no key of the file.
+    path = [str(part) for part in detail["loc"] if not BRANCH.fullmatch(str(part))]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        allowed = _allowed_keys(cls, detail["loc"][:-1])
+        allowed = _allowed_keys(cls, tree, path[:-1])
         close = difflib.get_close_matches(path[-1], allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}"
@@ -368,13 +362,8 @@ def _explain(cls: type[Settings], detail: ErrorDetails) -> str:
     return f"{key}={json.dumps(detail['input'], default=str)}: {message[0].lower()}{message[1:]}"
 
 
-def _allowed_keys(cls: type[Settings], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        if part in MODEL_KINDS:
-            kinds = get_args(get_args(ModelConfig)[0])
-            cls = next(kind for kind in kinds if part in get_args(kind.model_fields["kind"].annotation))
-        else:
-            annotation = cls.model_fields[str(part)].annotation
-            if isinstance(annotation, type) and issubclass(annotation, Settings):
-                cls = annotation
+def _allowed_keys(cls: Any, tree: Any, path: Sequence[str]) -> list[str]:
+    for part in path:
+        tree = tree[part]
+        cls = settings_class(tree["kind"]) if part == "model" else cls.model_fields[part].annotation
     return list(cls.model_fields)

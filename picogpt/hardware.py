@@ -123,6 +123,20 @@ def peak_flops(device: Device) -> float | None:
     return PEAK_FLOPS.get(device.name) if device.dtype == "bfloat16" else None
 
 
+def mfu(device: Device, tokens_per_second: float, flops_per_token: int | None) -> float | None:
+    """Model FLOP utilization: the share of a device's peak that its tokens/s need; None where one of the two is unknown."""
+    peak = peak_flops(device)
+    return tokens_per_second * flops_per_token / peak if peak and flops_per_token else None
+
+
+def synchronize(device: Device) -> None:
+    """Wait for all work on a GPU."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def peak_memory_bytes(device: Device) -> int:
     """Peak memory of this process: resident on a CPU, allocated by torch on a GPU."""
     if device.type == "cuda":
@@ -145,13 +159,12 @@ def gpu_memory_bytes(device: Device) -> int | None:
 
 
 def prepare(device: Device, threads: int) -> None:
-    """Configure torch in this process: threads, and on a CPU an allocator that keeps freed memory."""
+    """Configure torch in this process: its threads, and the current GPU."""
     import torch
 
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device.torch_name)  # streams and graphs are made on the current device
-    keep_memory(device)
 
 
 def keep_memory(device: Device) -> None:

@@ -169,7 +169,7 @@ def _text(corpus: list[str] | str) -> tuple[str, str]:
     return corpus, re.sub(r"[^A-Za-z0-9._-]+", "_", Path(corpus).stem)
 
 
-def _deciding(file: Path) -> str:
+def _deciding(file: str | Path) -> str:
     """The settings of a file that decide the weights, as JSON."""
     return json.dumps({key: value for key, value in read_yaml(file).items() if key != "runtime"}, sort_keys=True)
 

@@ -22,15 +22,7 @@ def main() -> None:
     trainer = Trainer(small_experiment(), open_data(tokens), folder)
     place, _, number = death.partition(":")
     if place == "step":
-        step = trainer._step
-
-        def deadly_step(index: int):
-            loss = step(index)
-            if index == int(number):
-                die()
-            return loss
-
-        trainer._step = deadly_step
+        trainer.callbacks.append(lambda trainer: die() if trainer.progress.step == int(number) else None)
     elif place == "save":
         replace, calls = os.replace, [0]
 
@@ -44,16 +36,14 @@ def main() -> None:
 
         os.replace = deadly_replace
     elif place == "linger":
-        step_slowly = trainer._step
 
-        def slow_step(index: int):
-            if index == int(number):
+        def linger(trainer: Trainer) -> None:
+            if trainer.progress.step == int(number):
                 print("ready", flush=True)
-            if index >= int(number):
+            if trainer.progress.step >= int(number):
                 signal.sigtimedwait([], 0.05)
-            return step_slowly(index)
 
-        trainer._step = slow_step
+        trainer.callbacks.append(linger)
     trainer.run()
 
 

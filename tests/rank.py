@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from conftest import SMALL_RUNTIME
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -31,19 +30,16 @@ def train(folder: str, tokens: str, settings: str, misfortune: str) -> None:
     experiment = Experiment.model_validate({**json.loads(settings), "runtime": runtime})
     with init_distributed("cpu") as world:
         trainer = Trainer(experiment, open_data(tokens), folder, world)
-        step, exchanges = trainer._step, []
+        exchanges: list[int] = []
 
-        def counted(module: torch.nn.Module) -> DistributedDataParallel:
-            wrapped = DistributedDataParallel(module)
-            wrapped.register_comm_hook(
-                None, lambda state, bucket: (exchanges.append(1), allreduce_hook(None, bucket))[1]
-            )
-            return wrapped
+        def exchange(state, bucket):
+            exchanges.append(1)
+            return allreduce_hook(None, bucket)
 
-        if kind == "count":
-            trainer._distributed = counted  # type: ignore[method-assign]
-
-        def unlucky(index: int) -> torch.Tensor:
+        def unlucky(trainer: Trainer) -> None:
+            index, forward = trainer.progress.step, trainer.step.forward
+            if kind == "count" and index == 0:
+                forward.register_comm_hook(None, exchange)
             if kind == "linger":
                 if index == 5:
                     Path(folder, f"ready{world.rank}").touch()
@@ -53,11 +49,9 @@ def train(folder: str, tokens: str, settings: str, misfortune: str) -> None:
                     Path(folder, "died").touch()
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif kind == "nan":
-                    forward = trainer.forward
-                    trainer.forward = lambda x, y: forward(x, y) * float("nan")
-            return step(index)
+                    trainer.step.forward = lambda x, y: forward(x, y) * float("nan")
 
-        trainer._step = unlucky  # type: ignore[method-assign]
+        trainer.callbacks.append(unlucky)
         trainer.run()
         if kind == "count" and world.is_main:
             Path(folder, "exchanges").write_text(str(len(exchanges)))

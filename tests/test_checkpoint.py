@@ -7,8 +7,8 @@ import torch
 from conftest import small_experiment
 
 from picogpt import models
+from picogpt.checkpoint import load_state, load_weights, save_state, save_weights
 from picogpt.errors import PicogptError
-from picogpt.train.checkpoint import load_state, load_weights, save_state, save_weights
 
 
 @pytest.fixture

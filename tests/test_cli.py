@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from picogpt import config
-from picogpt.cli import common
 from picogpt.data.assets import MIRROR_VARIABLE
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import tokenize_chars, tokenize_gpt2
@@ -41,10 +40,6 @@ def test_help_is_there_without_torch():
 
 def test_the_module_runs_as_the_command():
     assert run(*MODULE, "--version").stdout.startswith("picogpt, version")
-
-
-def test_the_kinds_on_the_command_line_are_those_of_the_settings():
-    assert common.KINDS == config.MODEL_KINDS
 
 
 def test_the_help_of_train_lists_every_setting(picogpt):

@@ -7,6 +7,7 @@ from conftest import ROOT
 
 from picogpt import config
 from picogpt.errors import PicogptError, UsageError
+from picogpt.registry import MODELS
 
 GOOD = {"model": {"kind": "char-bigram"}, "train": {"steps": 5}}
 
@@ -28,7 +29,7 @@ def test_shipped_settings_are_valid_and_named_after_their_model(path: Path):
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
-@pytest.mark.parametrize("kind", config.MODEL_KINDS)
+@pytest.mark.parametrize("kind", list(MODELS))
 def test_every_model_has_settings_for_every_size(kind: str, size: str):
     assert config.load_experiment(config.model_file(kind, size)).model.kind == kind
 

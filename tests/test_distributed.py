@@ -13,13 +13,12 @@ import forked
 import pytest
 import torch
 
-from picogpt import hardware
+from picogpt import checkpoint, hardware
 from picogpt.config import Experiment
 from picogpt.data.tokens import TokenData
 from picogpt.errors import UsageError
-from picogpt.train import checkpoint
 from picogpt.train.distributed import World, init_distributed
-from picogpt.train.loop import micro_batch_size, tokens_at_once
+from picogpt.train.step import micro_batch_size, tokens_at_once
 
 TESTS = Path(__file__).resolve().parent
 MODEL = {"kind": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from picogpt import models
 from picogpt.config import GPT2Config
 from picogpt.hub import registry
-from picogpt.models import attention
+from picogpt.models import kernels
 from picogpt.models.gpt2 import GPT2
-from picogpt.models.loss import linear_cross_entropy
+from picogpt.models.kernels import linear_cross_entropy
 from picogpt.models.pretrained import TRANSPOSED, VOCAB_SIZE
 from picogpt.sample import Decoding, generate
 
@@ -105,7 +105,7 @@ def test_initial_weights_are_gpt2s():
 @pytest.mark.parametrize("vocab_size", [64, 65, 127])
 @pytest.mark.parametrize("budget", [1 << 28, 1 << 12])
 def test_the_fused_loss_is_cross_entropy_whatever_is_held_at_once(monkeypatch, vocab_size: int, budget: int):
-    monkeypatch.setattr("picogpt.models.loss.LOGITS_BYTES", budget)  # 4 KiB: several parts
+    monkeypatch.setattr("picogpt.models.kernels.LOGITS_BYTES", budget)  # 4 KiB: several parts
     torch.manual_seed(0)
     x, weight = torch.randn(150, 16, requires_grad=True), torch.randn(vocab_size, 16, requires_grad=True)
     targets = torch.randint(vocab_size, (150,))
@@ -139,7 +139,7 @@ def test_the_logits_of_the_whole_batch_are_never_held(monkeypatch: pytest.Monkey
             return made
 
     N, V, C = 512, 1024, 8
-    monkeypatch.setattr("picogpt.models.loss.LOGITS_BYTES", 64 * V * 4)
+    monkeypatch.setattr("picogpt.models.kernels.LOGITS_BYTES", 64 * V * 4)
     x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
     with Watch():
         linear_cross_entropy(x, weight, torch.randint(V, (N,))).backward()
@@ -151,7 +151,7 @@ def test_attention_in_blocks_in_bfloat16_is_as_exact_as_attention_written_out():
     q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     rounded = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    y = attention.causal_attention(*rounded)
+    y = kernels.fastest_attention(*rounded)
     assert y.grad_fn.name() == "BlockedAttentionBackward"
     assert (y.float() - exact).abs().max() < 0.02 * exact.abs().max()
 
@@ -163,7 +163,7 @@ def test_attention_in_blocks_is_attention(length: int):
     g = torch.randn(2, 3, length, 8)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     gradients = torch.autograd.grad(expected, (q, k, v), g)
-    y = attention.BlockedAttention.apply(q, k, v)
+    y = kernels.BlockedAttention.apply(q, k, v)
     assert torch.allclose(y, expected, atol=1e-5)
     for ours, theirs in zip(torch.autograd.grad(y, (q, k, v), g), gradients, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
@@ -184,8 +184,8 @@ def test_an_id_beyond_the_vocabulary_is_an_error():
 
 
 def test_a_checkpoint_of_another_size_is_refused(picogpt, gpt2, gpt2_resources: Path, tmp_path: Path):
+    from picogpt.checkpoint import save_weights
     from picogpt.config import Experiment
-    from picogpt.train.checkpoint import save_weights
 
     config = GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8)
     claimed = Experiment.model_validate(

@@ -1,5 +1,6 @@
 """The training ladder on a small model: every rung trains the same, and nothing is recorded that was not measured."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from picogpt.config import GPT2Config
 from picogpt.data.corpus import tokenize_gpt2
 from picogpt.data.tokens import TokenData
 from picogpt.errors import PicogptError
+from picogpt.models import kernels
 from picogpt.models.gpt2 import GPT2
-from picogpt.models.loss import linear_cross_entropy
+from picogpt.registry import RUNGS, Rung
 from picogpt.report import ladder as report_ladder
 from picogpt.report.compare import read_references
 from picogpt.report.ladder import LOSS_TOLERANCE, compare_with_baselines
@@ -52,9 +54,8 @@ def climbed(tmp_path_factory: pytest.TempPathFactory, tokens: TokenData) -> dict
     (folder / "box.yaml").write_text(yaml.safe_dump(MACHINE))
     machine = machines.load(str(folder / "box.yaml"))
     config = GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16)
-    changes = {**ladder.CHANGES, "compile": {}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ladder, "CHANGES", changes)
+        patch.setitem(RUNGS, "compile", Rung("", {}))
         patch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: True)
         by_kind = {}
         for rung in machine.rungs:
@@ -90,10 +91,10 @@ def test_a_record_has_every_step_and_what_ran(climbed: dict[str, dict], tmp_path
     assert "flash" in attention["flash"]
     assert "BlockedAttention" in attention["best_attention"]
     assert climbed["baseline"]["setup"] == {
-        "bfloat16": False, "tf32": False, "compile": None, "attention": "attention_written_out", "loss": "plain_loss",
-        "optimizer": "AdamW", "best_backend": False, "kept_memory": False,
+        "bfloat16": False, "tf32": False, "compile": None, "attention": "written_out", "loss": "plain",
+        "fused_optimizer": False, "keep_memory": False,
     }  # fmt: skip
-    assert climbed["kept_memory"]["setup"]["attention"] == "causal_attention"
+    assert climbed["kept_memory"]["setup"]["attention"] == "fastest"
 
 
 def test_attention_and_losses_of_the_ladder_are_those_of_the_model():
@@ -102,12 +103,9 @@ def test_attention_and_losses_of_the_ladder_are_those_of_the_model():
     assert isinstance(model, GPT2)
     idx = torch.randint(70, (2, 40))
     expected = model(idx, idx)
-    for loss in (ladder.plain_loss, ladder.padded_loss, linear_cross_entropy):
-        for attention in (ladder.attention_written_out, ladder.flash_attention):
-            model.loss = loss
-            for block in model.h:
-                block.attn.attention = attention  # type: ignore[union-attr, assignment]
-            assert model(idx, idx).item() == pytest.approx(expected.item(), abs=1e-5)
+    for loss, attention in itertools.product(kernels.LOSSES, kernels.ATTENTION):
+        kernels.use(model, attention, loss)
+        assert model(idx, idx).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_a_rung_that_the_device_lacks_is_recorded_as_that(monkeypatch, tokens: TokenData, box: Path):
@@ -118,8 +116,8 @@ def test_a_rung_that_the_device_lacks_is_recorded_as_that(monkeypatch, tokens: T
     assert "no instructions for bfloat16" in record["not_measured"]
     assert record["results"] == {}
     device = hardware.select("cpu")
-    assert not ladder.setup_of(machine, "kept_memory", device).bfloat16
-    assert ladder.setup_of(machine, "kept_memory", device).fused_optimizer
+    assert not ladder.switches_of(machine, "kept_memory", device).bfloat16
+    assert ladder.switches_of(machine, "kept_memory", device).fused_optimizer
 
 
 @pytest.mark.parametrize(("fits", "expected"), [(2, 2), (1, 1), (0, None)])
@@ -178,7 +176,7 @@ def test_the_record_says_what_ran(climbed: dict[str, dict]):
     assert [train["dtype"] for train in trains.values()] == ["float32", "bfloat16", "bfloat16"]
     assert [train["weight_decay"] for train in trains.values()] == [0.0, 0.0, 0.1]
     assert climbed["baseline"]["config"]["model"]["block_size"] == 16
-    assert climbed["kept_memory"]["setup"]["kept_memory"]
+    assert climbed["kept_memory"]["setup"]["keep_memory"]
 
 
 def test_the_command_refuses_what_it_cannot_measure(picogpt, box: Path, gpt2_tokens: TokenData, tmp_path: Path):

@@ -217,7 +217,7 @@ def test_the_commands(hub: Hub, picogpt, monkeypatch, gpt2_resources: Path, tmp_
 
 def test_fine_tuning_begins_with_the_weights(hub: Hub):
     config = CONFIG.model_copy(update={"dropout": 0.1})
-    model = pretrained.load_for(pretrained.name_for(config, 50257), config, 50257)
+    model = pretrained.load_for(config, 50257)
     assert model.training
     assert model.config.dropout == 0.1
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -338,8 +338,8 @@ main()
 
 
 def test_without_space_an_export_leaves_nothing(gpt2: GPT2Tokenizer, gpt2_resources: Path, tmp_path: Path):
+    from picogpt.checkpoint import save_weights
     from picogpt.config import Experiment
-    from picogpt.train.checkpoint import save_weights
 
     experiment = Experiment.model_validate({"model": CONFIG.model_dump(), "train": {"steps": 1}})
     corpus = {"tokenizer_sha256": gpt2.sha256}

@@ -10,7 +10,8 @@ from picogpt import models
 from picogpt.config import CharBigramConfig, GPT2Config
 from picogpt.errors import UsageError
 from picogpt.models.language_model import LanguageModel
-from picogpt.sample import Decoding, TextStream, choose, context_start, generate, prepare
+from picogpt.sample import Decoding, choose, context_start, generate, prepare
+from picogpt.stream import TextStream
 
 V = 11
 

@@ -34,11 +34,10 @@ from test_fineweb import HELD_OUT, PAIR, TINY, hub_path, parquet, registered, so
 from test_train import assert_same_run
 from test_workflow import BOX, NO_HUB, SMALL, SNAKEMAKE
 
-from picogpt import records
+from picogpt import checkpoint, records
 from picogpt.data import fineweb
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import open_data, tokenize_chars
-from picogpt.train import checkpoint
 
 pytestmark = [
     pytest.mark.slurm,

@@ -15,14 +15,13 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, SMALL_RUNTIME, small_experiment
 
-from picogpt import models, records
+from picogpt import checkpoint, models, records
 from picogpt.config import Experiment
 from picogpt.data.corpus import tokenize_chars
 from picogpt.data.tokens import TokenData
 from picogpt.errors import Interrupted, PicogptError
 from picogpt.hardware import Device
-from picogpt.models.bigram import closed_form_loss
-from picogpt.train import checkpoint, loop
+from picogpt.train import loop
 from picogpt.train.evaluate import evaluate
 from picogpt.train.loop import Trainer
 
@@ -100,14 +99,9 @@ def test_a_signal_saves_at_the_next_step(straight, tokens_folder, tmp_path, numb
 def interrupted(folder: Path, tokens: TokenData, step: int) -> None:
     """Leave a run in `folder` that a signal stopped after `step` steps."""
     trainer = Trainer(small_experiment(), tokens, folder)
-    inner = trainer._step
-
-    def stop_then_step(index: int) -> torch.Tensor:
-        if index == step - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return inner(index)
-
-    trainer._step = stop_then_step
+    trainer.callbacks.append(
+        lambda trainer: signal.raise_signal(signal.SIGTERM) if trainer.progress.step == step - 1 else None
+    )
     with pytest.raises(Interrupted) as stop:
         trainer.run()
     assert stop.value.exit_status == 128 + signal.SIGTERM
@@ -120,9 +114,11 @@ def test_a_signal_that_torchrun_passes_on_again_ends_nothing(monkeypatch: pytest
     else:
         monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     # A shell that starts the tests in the background has SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in loop.STOP_SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with loop._stop_on_signals() as received:
+        received: list[int] = []
+        with loop._stop_on_signals(received):
             signal.raise_signal(signal.SIGINT)
             assert received == [signal.SIGINT]
             if launched:
@@ -131,9 +127,10 @@ def test_a_signal_that_torchrun_passes_on_again_ends_nothing(monkeypatch: pytest
             else:
                 with pytest.raises(KeyboardInterrupt):
                     signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert (signal.getsignal(signal.SIGINT) is signal.default_int_handler) == (not launched)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +163,10 @@ def test_accumulation_equals_one_batch(straight: Path, tokens: TokenData, tmp_pa
 def test_clipping_bounds_the_gradient(tokens: TokenData, tmp_path: Path):
     trainer = Trainer(small_experiment(grad_clip=1e-3), tokens, tmp_path)
     norms = []
-    trainer.optimizer.step = lambda step, skip: norms.append(
+    trainer.step.optimizer.step = lambda step, skip: norms.append(
         math.sqrt(sum(p.grad.square().sum().item() for p in trainer.model.parameters() if p.grad is not None))
     )
-    trainer._step(0)
+    trainer._step()
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
@@ -203,7 +200,7 @@ def test_the_best_weights_are_kept_not_the_last(tokens: TokenData, tmp_path: Pat
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(tokens, tmp_path):
     trainer = Trainer(small_experiment(), tokens, tmp_path)
-    forward, calls, before = trainer.forward, [], {}
+    forward, calls, before = trainer.step.forward, [], {}
 
     def poisoned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         calls.append(1)
@@ -212,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_chec
             return forward(x, y) * float("nan")
         return forward(x, y)
 
-    trainer.forward = poisoned
+    trainer.step.forward = poisoned
     with pytest.raises(PicogptError, match=r"loss is nan at step 10 .*checkpoints"):
         trainer.run()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
@@ -277,7 +274,7 @@ def test_the_bigram_comes_near_its_closed_form(tmp_path: Path, corpus: Path):
         "runtime": SMALL_RUNTIME,
     }
     results = Trainer(Experiment.model_validate(tree), data, tmp_path / "run").run()["results"]
-    floor = closed_form_loss(torch.from_numpy(np.array(data.train.ids)), data.vocab_size)
+    floor = checkpoint.load_weights(tmp_path / "run/best.pt").model().lower_bound(data.train.ids)
     assert results["closed_form_train_loss"] == floor
     assert 0 < results["train_loss_after"] - floor < 0.01
 
@@ -376,13 +373,13 @@ def test_on_a_gpu_a_loss_that_is_no_number_never_reaches_the_weights(tokens: Tok
     runtime = {**SMALL_RUNTIME, "device": "cuda", "log_interval": 100}
     tree = {"model": model, "train": {"steps": 20, "batch_size": 4, "eval_interval": 100}, "runtime": runtime}
     trainer = Trainer(Experiment.model_validate(tree), tokens, tmp_path)
-    forward, calls = trainer.forward, []
+    forward, calls = trainer.step.forward, []
 
     def poisoned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         calls.append(0)
         return forward(x, y) * (float("nan") if len(calls) == 3 else 1.0)
 
-    trainer.forward = poisoned
+    trainer.step.forward = poisoned
     with pytest.raises(PicogptError, match="loss is nan at step 3"):
         trainer.run()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
@@ -394,7 +391,7 @@ def test_a_step_that_is_to_be_skipped_changes_nothing(tokens: TokenData, tmp_pat
     for skip, changed in ((True, False), (False, True)):
         for parameter in trainer.model.parameters():
             parameter.grad = torch.full_like(parameter, float("nan") if skip else 1.0)
-        trainer.optimizer.step(5, skip=torch.tensor(skip))
+        trainer.step.optimizer.step(5, skip=torch.tensor(skip))
         now = trainer.model.state_dict()
         assert any(not torch.equal(now[name], tensor) for name, tensor in before.items()) == changed
         assert all(tensor.isfinite().all() for tensor in now.values())
@@ -418,7 +415,7 @@ def test_too_little_memory_says_what_needs_less(tokens: TokenData, tmp_path: Pat
     def hungry(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("tried to allocate")
 
-    trainer.forward = hungry
+    trainer.step.forward = hungry
     with pytest.raises(
         PicogptError, match=r"too little memory for 6 sequences at once: --set train\.micro_batch_size=3"
     ):

@@ -1,6 +1,6 @@
 """The training ladder: the speed-up of each optimization on a machine; each rung is a process and includes those before it.
 
-A step is forward, backward and AdamW on the same batches from the same weights, without clipping. Steps are timed one
+A step is the trainer's own, with AdamW and without clipping, on the same batches from the same weights. Steps are timed one
 by one. The first rung is what a textbook writes down; the losses of all show that they train the same model.
 """
 
@@ -11,187 +11,43 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from picogpt import hardware, machines, models, records
 from picogpt.config import GPT2Config, MachineConfig, TrainConfig
 from picogpt.data.sampler import Sampler
 from picogpt.data.tokens import TokenData
 from picogpt.errors import PicogptError, is_compile_error, is_out_of_memory
-from picogpt.models.attention import causal_attention
-from picogpt.models.gpt2 import GPT2, Attention
-from picogpt.models.loss import COLUMNS, linear_cross_entropy
 from picogpt.progress import counting
+from picogpt.registry import RUNGS
 from picogpt.train.distributed import World
-from picogpt.train.optim import Optimizer
+from picogpt.train.step import BASELINE, GRAPH_MODES, Step, Switches
 
 TRAIN = TrainConfig(seed=1337, steps=1, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1, schedule="constant")
-GRAPH_MODES = ("reduce-overhead", "max-autotune")
 LISTED_KERNELS = 12
 FUSED = ("flash", "fmha", "cudnn_sdp", "cudnn_generated", "efficient_attention", "blockedattention")
 """Parts of the names of fused attention kernels."""
-
-
-def attention_written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
-    """softmax(q k' / sqrt(D)) v with all its intermediate results in memory: q, k, v (B, H, T, D) -> (B, H, T, D)."""
-    T, D = q.shape[-2:]
-    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.mT / math.sqrt(D)).masked_fill(later, -torch.inf)
-    return scores.softmax(-1) @ v
-
-
-def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
-    """The same by torch's fused kernel."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def plain_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of x (N, C) weight' (V, C)' against targets (N,), all logits at once."""
-    return F.cross_entropy(F.linear(x, weight), targets)
-
-
-def padded_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The same with the table padded to a multiple of 64 rows, which are excluded from the softmax."""
-    V = weight.size(0)
-    logits = F.linear(x, F.pad(weight, (0, 0, 0, -V % COLUMNS)))
-    beyond = torch.arange(logits.size(1), device=x.device) >= V
-    return F.cross_entropy(logits.masked_fill(beyond, -torch.inf), targets)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The configuration of a training step."""
-
-    tf32: bool = False
-    bfloat16: bool = False
-    compile: str | None = None
-    attention: Callable[..., torch.Tensor] = attention_written_out
-    loss: Callable[..., torch.Tensor] = plain_loss
-    fused_optimizer: bool = False
-    best_backend: bool = False
-    kept_memory: bool = False
-
-
-CHANGES: dict[str, dict[str, Any]] = {
-    "baseline": {},
-    "tf32": {"tf32": True},
-    "bf16": {"bfloat16": True},
-    "compile": {"compile": "default"},
-    "flash": {"attention": flash_attention},
-    "padded_vocab": {"loss": padded_loss},
-    "fused_adamw": {"fused_optimizer": True},
-    "fused_loss": {"loss": linear_cross_entropy},
-    "best_attention": {"best_backend": True, "attention": causal_attention},
-    "kept_memory": {"kept_memory": True},
-    "cuda_graphs": {"compile": "reduce-overhead"},
-    "max_autotune": {"compile": "max-autotune"},
+UNITS = {
+    "step_seconds": "s, each timed step",
+    "tokens_per_second": "of all ranks, by the median step",
+    "mfu": "tokens_per_second * flops_per_token / (peak_flops of a device * ranks)",
+    "first_step_seconds": "s; compilation happens here, on several ranks with a step of each alone before it",
+    "losses": "nats per token, of each step, including the untimed ones",
+    "peak_memory_bytes": "of one rank: resident on a CPU, allocated on a GPU",
+    "kernels": "s of one step under the profiler",
 }
-"""What each rung changes."""
 
 
-GRAPHS = ("cuda_graphs", "max_autotune")
-
-
-def lacks(rung: str, device: hardware.Device) -> str | None:
-    """Why `device` cannot run `rung`, or None if it can."""
-    on_gpu = device.type == "cuda"
-    if rung == "bf16" and device.dtype != "bfloat16":
-        return f"{device.name} has no instructions for bfloat16"
-    if rung == "tf32" and not (on_gpu and device.dtype == "bfloat16"):  # both came with Ampere
-        return f"{device.name} has no TF32"
-    if rung in GRAPHS and not on_gpu:
-        return f"{device.name} is no GPU"
-    if rung == "kept_memory" and on_gpu:
-        return "torch keeps the memory of a GPU by itself"
-    return None
-
-
-def setup_of(machine: MachineConfig, rung: str, device: hardware.Device) -> Setup:
+def switches_of(machine: MachineConfig, rung: str, device: hardware.Device) -> Switches:
     """The changes of all rungs up to `rung`, without those that the device lacks."""
-    setup = Setup()
+    switches = BASELINE
     for name in machine.rungs[: machine.rungs.index(rung) + 1]:
-        if not lacks(name, device):
-            setup = replace(setup, **CHANGES[name])
-    return setup
-
-
-class Rung:
-    """A model, its optimizer, and a training step configured by `setup`."""
-
-    def __init__(
-        self,
-        config: GPT2Config,
-        vocab_size: int,
-        machine: MachineConfig,
-        setup: Setup,
-        device: hardware.Device,
-        world: World,
-        micro_batch_size: int,
-    ):
-        self.setup, self.device, self.micro_batch_size = setup, device, micro_batch_size
-        torch.set_float32_matmul_precision("high" if setup.tf32 else "highest")
-        if setup.kept_memory:
-            hardware.keep_memory(device)
-        model = models.build(config, vocab_size, TRAIN.seed).to(device.torch_name)
-        assert isinstance(model, GPT2)
-        model.loss = setup.loss
-        attention = setup.attention
-        if setup.compile and attention is causal_attention and device.type == "cpu" and setup.bfloat16:
-            # Blocked attention stays outside of the graph: inside it torch's own kernel is used, as in float32.
-            attention = torch.compiler.disable(causal_attention)
-            # Otherwise the index of each layer makes it a variant of its own, and torch compiles at most eight variants.
-            torch._dynamo.config.allow_unspec_int_on_nn_module = True
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.attention = attention
-        if setup.fused_optimizer:
-            self.optimizer: Any = Optimizer(model, TRAIN, total_steps=1)
-        else:
-            self.optimizer = torch.optim.AdamW(
-                model.parameters(), lr=TRAIN.learning_rate, betas=TRAIN.betas, eps=TRAIN.eps, weight_decay=0
-            )
-        self.flops_per_token = model.flops_per_token()
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.forward: Any = models.compiled(model, setup.compile) if setup.compile else model
-        if world.size > 1:
-            ids = [world.local_rank] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
-
-    def try_one(self, tokens: torch.Tensor) -> None:
-        """Forward and backward pass of tokens (B, T) on this rank only; the gradients are discarded."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.bfloat16)
-        module = self.forward.module if isinstance(self.forward, DistributedDataParallel) else self.forward
-        with autocast, hardware.attention(self.device) if self.setup.best_backend else nullcontext():
-            module(tokens, tokens).backward()
-        module.zero_grad(set_to_none=True)
-
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """One optimizer step on inputs and targets (B, T) of this rank; returns its mean loss, on the device."""
-        parts = list(zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True))
-        total = torch.zeros((), device=inputs.device)
-        for index, (x, y) in enumerate(parts):
-            alone = isinstance(self.forward, DistributedDataParallel) and index < len(parts) - 1
-            if self.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()  # graphs may use the memory of the step before
-            with self.forward.no_sync() if alone else nullcontext():
-                autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.bfloat16)
-                with autocast, hardware.attention(self.device) if self.setup.best_backend else nullcontext():
-                    loss = self.forward(x, y) / len(parts)
-                loss.backward()
-            total += loss.detach()
-        if self.setup.fused_optimizer:
-            self.optimizer.step(0)
-        else:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return total
+        if not RUNGS[name].missing(device):
+            switches = replace(switches, **RUNGS[name].changes)
+    return switches
 
 
 def measure(
@@ -204,16 +60,14 @@ def measure(
     """
     device = hardware.select(world.device("cpu" if machine.kind == "cpu" else "auto"))
     machines.require(name, machine, device, world.size)
-    torch.set_num_threads(world.threads())
-    if device.type == "cuda":
-        torch.cuda.set_device(device.torch_name)
-    setup = setup_of(machine, rung, device)
+    hardware.prepare(device, world.threads())
+    switches = switches_of(machine, rung, device)
     config = config.model_copy(update={"block_size": machine.block_size})
     train = TRAIN.model_copy(
         update={
             "batch_size": machine.batch_size,
-            "dtype": "bfloat16" if setup.bfloat16 else "float32",
-            "weight_decay": TRAIN.weight_decay if setup.fused_optimizer else 0.0,
+            "dtype": "bfloat16" if switches.bfloat16 else "float32",
+            "weight_decay": TRAIN.weight_decay if switches.fused_optimizer else 0.0,
         }
     )
     record = {
@@ -226,158 +80,136 @@ def measure(
             "model": config.model_dump(),
             "train": train.model_dump(mode="json"),
         },
-        "units": {
-            "step_seconds": "s, each timed step",
-            "tokens_per_second": "of all ranks, by the median step",
-            "mfu": "tokens_per_second * flops_per_token / (peak_flops of a device * ranks)",
-            "first_step_seconds": "s; compilation happens here, on several ranks with a step of each alone before it",
-            "losses": "nats per token, of each step, including the untimed ones",
-            "peak_memory_bytes": "of one rank: resident on a CPU, allocated on a GPU",
-            "kernels": "s of one step under the profiler",
-        },
+        "units": UNITS,
         "threads": torch.get_num_threads(),
         "ranks": world.size,
+        "results": {},
     }
-    missing = lacks(rung, device)
-    if missing:
-        return {**record, "not_measured": missing, "results": {}}
-    share = machine.batch_size // world.size
-    most = machine.micro_batch_size
-    out_of_memory = False
+    if missing := RUNGS[rung].missing(device):
+        return {**record, "not_measured": missing}
+    ladder = _Ladder(machine, rung, config, train, data, device, world)
+    micro_batch, out_of_memory = machine.micro_batch_size, False
     while True:
-        if setup.compile in GRAPH_MODES and most * world.size < machine.batch_size:
-            reason = f"its gradients, summed over micro-batches of {most}, would lie in memory that a graph uses again"
-            return {**record, "not_measured": reason, "results": {}}
-        reason = ""
+        if switches.compile in GRAPH_MODES and micro_batch * world.size < machine.batch_size:
+            reason = f"gradients summed over micro-batches of {micro_batch} would lie in memory that a graph uses again"
+            return {**record, "not_measured": reason}
         try:
-            results = _climb(machine, rung, setup, config, data, device, world, most)
+            results = ladder.climb(switches, micro_batch)
             break
         except Exception as error:
-            if setup.compile and is_compile_error(error):
-                if rung in ("compile", "cuda_graphs", "max_autotune"):
-                    reason = f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
-                    return {**record, "not_measured": reason, "results": {}}
-                setup = replace(setup, compile=None)
+            reason = str(error).strip().splitlines()[0]
+            if switches.compile and is_compile_error(error):
+                if "compile" in RUNGS[rung].changes:
+                    return {**record, "not_measured": f"torch.compile does not work here: {reason}"}
+                switches = replace(switches, compile=None)
             elif not is_out_of_memory(error):
                 raise
+            elif micro_batch == 1:
+                return {**record, "not_measured": f"out of memory with one sequence: {reason}"}
             else:
-                out_of_memory, reason = True, str(error).strip().splitlines()[0]
+                out_of_memory, share = True, machine.batch_size // world.size
+                micro_batch = max(size for size in range(1, micro_batch) if share % size == 0)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        if not reason:
-            continue
-        if most == 1:
-            return {**record, "not_measured": f"out of memory with one sequence: {reason}", "results": {}}
-        most = max(size for size in range(1, most) if share % size == 0)
-    return {
-        **record,
-        "setup": {
-            "bfloat16": setup.bfloat16,
-            "tf32": setup.tf32,
-            "compile": setup.compile,
-            "attention": setup.attention.__name__,
-            "loss": setup.loss.__name__,
-            "optimizer": "fused AdamW, decay groups" if setup.fused_optimizer else "AdamW",
-            "best_backend": setup.best_backend,
-            "kept_memory": setup.kept_memory,
-        },
-        "results": {**results, "micro_batch_size": most, "out_of_memory": out_of_memory},
-    }
+    results |= {"micro_batch_size": micro_batch, "out_of_memory": out_of_memory}
+    return {**record, "setup": asdict(switches), "results": results}
 
 
-def _climb(
-    machine: MachineConfig,
-    rung: str,
-    setup: Setup,
-    config: GPT2Config,
-    data: TokenData,
-    device: hardware.Device,
-    world: World,
-    micro_batch_size: int,
-) -> dict[str, Any]:
-    """Train for the configured steps; returns the results of a record."""
-    torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    climber = Rung(config, data.vocab_size, machine, setup, device, world, micro_batch_size)
-    alone_seconds = _require_memory(climber, machine, world)
-    sampler = Sampler(data.train.ids, machine.block_size, machine.batch_size, TRAIN.seed)
+class _Ladder:
+    """What stays the same in every attempt at a rung."""
 
-    def step(number: int) -> tuple[float, float]:
+    def __init__(
+        self,
+        machine: MachineConfig,
+        rung: str,
+        config: GPT2Config,
+        train: TrainConfig,
+        data: TokenData,
+        device: hardware.Device,
+        world: World,
+    ):
+        self.machine, self.rung, self.config, self.train = machine, rung, config, train
+        self.data, self.device, self.world = data, device, world
+        self.sampler = Sampler(data.train.ids, machine.block_size, machine.batch_size, train.seed)
+
+    def climb(self, switches: Switches, micro_batch: int) -> dict[str, Any]:
+        """Train for the configured steps; returns the results of a record."""
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        model = models.build(self.config, self.data.vocab_size, self.train.seed)
+        step = Step(model, self.train, 1, self.device, self.world, micro_batch, switches)
+        alone_seconds = self._require_memory(step)
+        step.distribute()
+        seconds, losses = [], []
+        total = self.machine.warmup_steps + self.machine.steps
+        with counting(self.rung, total) as advance:
+            for number in range(total):
+                took, loss = self._timed(step, number)
+                if not math.isfinite(loss):
+                    raise PicogptError(
+                        f"the loss of rung {self.rung} is {loss} at step {number + 1}: no numbers of it are kept"
+                    )
+                seconds.append(took)
+                losses.append(loss)
+                advance(1)
+        peak_memory = hardware.peak_memory_bytes(self.device)
+        kernels = _kernels(lambda: self._timed(step, total), self.device)
+        timed = seconds[self.machine.warmup_steps :]
+        median, first = statistics.median(timed), alone_seconds + seconds[0]
+        rate = self.machine.batch_size * self.machine.block_size / median
+        flops = model.flops_per_token()
+        return {
+            "step_seconds": timed,
+            "median": median,
+            "fastest": min(timed),
+            "slowest": max(timed),
+            "tokens_per_second": rate,
+            "flops_per_token": flops,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "mfu": hardware.mfu(self.device, rate / self.world.size, flops),
+            "first_step_seconds": first,
+            "compile_seconds": max(0.0, first - median * (2 if alone_seconds else 1)) if switches.compile else None,
+            "losses": losses,
+            "final_loss": losses[-1],
+            "peak_memory_bytes": peak_memory,
+            "kernels": dict(list(kernels.items())[:LISTED_KERNELS]),
+            "attention": next((name for name in kernels if any(part in name.lower() for part in FUSED)), None),
+        }
+
+    def _timed(self, step: Step, number: int) -> tuple[float, float]:
         """(seconds, loss) of a step; the batch is on the device before the clock starts."""
-        arrays: tuple[np.ndarray, np.ndarray] = sampler.batch(number, world.rank, world.size)
-        data.train.check(arrays[0])
-        inputs, targets = (torch.from_numpy(array).to(device.torch_name) for array in arrays)
-        _synchronize(device)
+        arrays = self.sampler.batch(number, self.world.rank, self.world.size)
+        self.data.train.check(arrays[0])
+        inputs, targets = (torch.from_numpy(array).to(self.device.torch_name) for array in arrays)
+        hardware.synchronize(self.device)
         began = time.perf_counter()
-        loss = climber.step(inputs, targets)
-        _synchronize(device)
-        return time.perf_counter() - began, world.mean(loss).item()
+        loss = step(inputs, targets, 0)
+        hardware.synchronize(self.device)
+        return time.perf_counter() - began, loss.item()
 
-    seconds, losses = [], []
-    total = machine.warmup_steps + machine.steps
-    with counting(f"{rung}", total) as advance:
-        for number in range(total):
-            took, loss = step(number)
-            if not math.isfinite(loss):
-                raise PicogptError(f"the loss is {loss} at step {number + 1} of rung {rung}: its numbers mean nothing")
-            seconds.append(took)
-            losses.append(loss)
-            advance(1)
-    peak_memory = hardware.peak_memory_bytes(device)
-    kernels = _kernels(lambda: step(total), device)
-    fused = next((name for name in kernels if any(part in name.lower() for part in FUSED)), None)
-    timed = seconds[machine.warmup_steps :]
-    median = statistics.median(timed)
-    rate = machine.batch_size * machine.block_size / median
-    flops = climber.flops_per_token
-    peak = hardware.peak_flops(device)
-    first = alone_seconds + seconds[0]
-    return {
-        "step_seconds": timed,
-        "median": median,
-        "fastest": min(timed),
-        "slowest": max(timed),
-        "tokens_per_second": rate,
-        "flops_per_token": flops,
-        "parameters": climber.parameters,
-        "mfu": rate * flops / (peak * world.size) if peak and flops else None,
-        "first_step_seconds": first,
-        "compile_seconds": max(0.0, first - median * (2 if alone_seconds else 1)) if setup.compile else None,
-        "losses": losses,
-        "final_loss": losses[-1],
-        "peak_memory_bytes": peak_memory,
-        "kernels": dict(list(kernels.items())[:LISTED_KERNELS]),
-        "attention": fused,
-    }
+    def _require_memory(self, step: Step) -> float:
+        """On several ranks, raise on all if a micro-batch does not fit on one, for which the others would wait in a step.
 
-
-def _require_memory(climber: Rung, machine: MachineConfig, world: World) -> float:
-    """On several ranks, raise on all of them if a micro-batch does not fit on one, for which the others would wait in a step.
-
-    Returns the seconds it took; 0 on one rank, where nothing is done.
-    """
-    if world.size == 1:
-        return 0.0
-    began = time.perf_counter()
-    failed: Exception | None = None
-    try:
-        tokens = torch.zeros(climber.micro_batch_size, machine.block_size, dtype=torch.int64)
-        climber.try_one(tokens.to(climber.device.torch_name))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = error
-    if world.all_reduce_max(float(failed is not None)):
-        raise failed or MemoryError("not enough memory on another rank")
-    _synchronize(climber.device)
-    return time.perf_counter() - began
-
-
-def _synchronize(device: hardware.Device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        Returns the seconds it took; 0 on one rank, where nothing is done.
+        """
+        if self.world.size == 1:
+            return 0.0
+        began, failed = time.perf_counter(), None
+        try:
+            tokens = torch.zeros(step.micro_batch_size, self.machine.block_size, dtype=torch.int64)
+            tokens = tokens.to(self.device.torch_name)
+            step.forward_backward(tokens, tokens)
+            step.model.zero_grad(set_to_none=True)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = error
+        if self.world.all_reduce_max(float(failed is not None)):
+            raise failed or MemoryError("not enough memory on another rank")
+        hardware.synchronize(self.device)
+        return time.perf_counter() - began
 
 
 def _kernels(step: Callable[[], object], device: hardware.Device) -> dict[str, float]:

@@ -16,7 +16,8 @@ from picogpt.errors import PicogptError
 from picogpt.models.gpt2 import GPT2, TiedHead
 from picogpt.models.language_model import LanguageModel
 from picogpt.progress import counting
-from picogpt.sample import Decoding, generate, prepare, read_prompt, sample_texts
+from picogpt.sample import Decoding, generate, prepare
+from picogpt.stream import read_prompt, sample_texts
 from picogpt.train.evaluate import evaluate
 
 

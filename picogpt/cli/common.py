@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from picogpt.errors import PicogptError, Unreachable, UsageError
+from picogpt.errors import Unreachable, UsageError
+from picogpt.registry import MODELS, PRETRAINED
 
 if TYPE_CHECKING:
     from picogpt.data.tokenizers import Tokenizer
     from picogpt.data.tokens import TokenData
     from picogpt.models.language_model import LanguageModel
 
-KINDS = ("char-bigram", "char-transformer", "gpt2")
-PRETRAINED = ("gpt2-pretrained", "gpt2-pretrained-medium", "gpt2-pretrained-large", "gpt2-pretrained-xl")
+KINDS = tuple(MODELS)
 WEIGHTS = Path("weights")
 RESOURCES = Path("resources")
 RUN_PATTERN = "Name of the run's folder. [default: the time, as in 20260210_183518]"
@@ -79,7 +79,7 @@ def newest(pattern: str, hint: str) -> Path:
 
 def token_folder(kind: str) -> Path:
     """The newest folder of token files for a kind of model."""
-    tokenizer = "gpt2" if kind == "gpt2" else "char"
+    tokenizer = MODELS[kind].tokenizer
     return newest(f"{tokenizer}_tokenizer/*/train.bin", f"picogpt tokenize {tokenizer} makes one").parent
 
 
@@ -88,10 +88,9 @@ def require_fitting(kind: str, data: TokenData) -> None:
     from picogpt.data import assets, bpe
 
     header, path = data.train.header, data.train.path
-    of_gpt2 = header.tokenizer_sha256 == assets.find(bpe.RANKS).sha256
-    if of_gpt2 != (kind == "gpt2"):
+    of_gpt2, wanted = header.tokenizer_sha256 == assets.find(bpe.RANKS).sha256, MODELS[kind].tokenizer
+    if of_gpt2 != (wanted == "gpt2"):
         held = "GPT-2's tokens" if of_gpt2 else f"tokens of another tokenizer ({header.vocab_size} of them)"
-        wanted = "gpt2" if kind == "gpt2" else "char"
         raise UsageError(f"{path} holds {held}, and {kind} needs others: picogpt tokenize {wanted} makes them")
 
 
@@ -99,60 +98,26 @@ def load_model(
     kind: str, ckpt: Path | None, tokenizer_dir: Path | None, untrained: bool = False, cached_only: bool = False
 ) -> tuple[LanguageModel, Tokenizer, str]:
     """A trained model, its tokenizer, and where the weights come from; with `cached_only` no hub is asked for them."""
-    if tokenizer_dir and kind in ("gpt2", *PRETRAINED):
+    pretrained_name = kind.removeprefix("gpt2-") if kind in PRETRAINED else None
+    if tokenizer_dir and (pretrained_name or MODELS[kind].tokenizer == "gpt2"):
         raise UsageError(f"{kind} has GPT-2's own tokenizer: leave out --tokenizer-dir")
-    if kind in PRETRAINED:
+    if pretrained_name:
         from picogpt import hub
         from picogpt.data.bpe import GPT2Tokenizer
 
         if ckpt or untrained:
             raise UsageError(f"{kind} is OpenAI's: leave out --ckpt and --untrained")
-        name = kind.removeprefix("gpt2-")
-        path = hub.fetch(name, cached_only)
+        path = hub.fetch(pretrained_name, cached_only)
         from picogpt.models import pretrained  # loads torch, for nothing where there are no weights
 
-        tokenizer: Any = GPT2Tokenizer.fetched(RESOURCES)
-        return pretrained.load(name, path), tokenizer, hub.registry()[name].repository
+        tokenizer = GPT2Tokenizer.fetched(RESOURCES)
+        return pretrained.load(pretrained_name, path), tokenizer, hub.registry()[pretrained_name].repository
 
-    from picogpt.train.checkpoint import load_weights
+    from picogpt.checkpoint import load_weights
 
-    path = ckpt or newest(
-        f"{'gpt2/*' if kind == 'gpt2' else kind.replace('-', '_')}/*/best.pt", f"picogpt train {kind} makes one"
-    )
-    weights = load_weights(path, kind)
-    sha256 = str(weights.corpus.get("tokenizer_sha256"))
-    tokenizer = _gpt2_tokenizer(sha256, path) if kind == "gpt2" else _char_tokenizer(tokenizer_dir, sha256, path)
-    return weights.model(untrained), tokenizer, str(path)
-
-
-def _gpt2_tokenizer(sha256: str, checkpoint: Path) -> Tokenizer:
-    from picogpt.data.bpe import GPT2Tokenizer
-
-    tokenizer = GPT2Tokenizer.fetched(RESOURCES)
-    if tokenizer.sha256 != sha256:
-        raise PicogptError(f"{checkpoint} was trained with another tokenizer than GPT-2's (sha256 {sha256})")
-    return tokenizer
-
-
-def _char_tokenizer(folder: Path | None, sha256: str, checkpoint: Path) -> Tokenizer:
-    """The tokenizer in `folder`, or the one in weights/ that the checkpoint was trained with."""
-    from picogpt.data.tokenizers import CharTokenizer
-
-    candidates = [folder] if folder else [p.parent for p in sorted(WEIGHTS.glob("char_tokenizer/*/tokenizer.json"))]
-    for candidate in candidates:
-        try:
-            tokenizer = CharTokenizer.load(candidate)
-        except PicogptError:
-            if folder:
-                raise
-            continue  # one of several in weights/; another may fit
-        if tokenizer.sha256 == sha256:
-            return tokenizer
-    if folder:
-        raise PicogptError(f"the tokenizer in {folder} is not the one that {checkpoint} was trained with")
-    raise PicogptError(
-        f"no tokenizer in weights/char_tokenizer/ fits {checkpoint}: give its folder with --tokenizer-dir"
-    )
+    runs = "gpt2/*" if kind == "gpt2" else kind.replace("-", "_")
+    weights = load_weights(ckpt or newest(f"{runs}/*/best.pt", f"picogpt train {kind} makes one"), kind)
+    return weights.model(untrained), weights.tokenizer(tokenizer_dir), str(weights.path)
 
 
 @contextmanager

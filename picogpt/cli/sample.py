@@ -79,14 +79,15 @@ def sample(
     if prompts and prompt_file:
         raise UsageError("give --prompt or --prompt-file, not both")
     from picogpt import sample as sampling
+    from picogpt import stream as streaming
     from picogpt.files import read_text, write_text
 
     decoding = sampling.Decoding(temperature, top_k, top_p)
     model, tokenizer, _ = load_model(kind, ckpt, tokenizer_dir, untrained)
     given = [read_text(prompt_file)] if prompt_file else list(prompts)
-    texts = given or [sampling.first_prompt(tokenizer, kind in PRETRAINED)]
+    texts = given or [streaming.first_prompt(tokenizer, kind in PRETRAINED)]
     texts = [text for text in texts for _ in range(num_samples)]
-    ids = [sampling.read_prompt(tokenizer, text, model.config.block_size, truncate) for text in texts]
+    ids = [streaming.read_prompt(tokenizer, text, model.config.block_size, truncate) for text in texts]
     if stream is None:
         stream = out is None and len(texts) == 1 and sys.stdout.isatty()
     elif stream and (len(texts) > 1 or out):
@@ -96,7 +97,7 @@ def sample(
     if stream and given:
         echo(texts[0])
     model = sampling.prepare(model, device, dtype)
-    samples, seconds = sampling.sample_texts(
+    samples, seconds = streaming.sample_texts(
         model,
         tokenizer,
         ids,

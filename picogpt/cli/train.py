@@ -5,43 +5,35 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
-from picogpt.cli.common import KINDS, RUN_PATTERN, WEIGHTS, now, require_fitting, size_of, token_folder
+from picogpt.cli.common import RUN_PATTERN, WEIGHTS, now, require_fitting, size_of, token_folder
 from picogpt.errors import Interrupted, UsageError
 from picogpt.files import read_text, write_text
 from picogpt.ranks import launcher
+from picogpt.registry import MODELS, settings_class
 
 BATCH = ("train.batch_size", "train.micro_batch_size", "model.block_size")
 """Settings that a machine of config/hardware/ brings."""
+SHORT = {"seed": "train.seed", "steps": "train.steps", "init": "train.init", "device": "runtime.device"}
+"""Settings with an option of their own."""
 
 
 class TrainCommand(click.Command):
     """Lists every setting at the end of its help, from the types that check them."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from picogpt.config import (
-            CharBigramConfig,
-            CharTransformerConfig,
-            GPT2Config,
-            RuntimeConfig,
-            Settings,
-            TrainConfig,
-            describe,
-        )
+        from picogpt.config import RuntimeConfig, TrainConfig, describe
 
-        sections: dict[str, tuple[str, type[Settings]]] = {
-            "model of char-bigram": ("model", CharBigramConfig),
-            "model of char-transformer": ("model", CharTransformerConfig),
-            "model of gpt2": ("model", GPT2Config),
-            "train: everything that changes the result": ("train", TrainConfig),
-            "runtime: device, speed and logging": ("runtime", RuntimeConfig),
-        }
         formatter.write_paragraph()
         formatter.write_text(
             "Settings of the YAML file, for --set, with their defaults (the files in config/models/ set others):"
         )
+        sections = {f"model of {name}": ("model", settings_class(name)) for name in MODELS}
+        sections["train: everything that changes the result"] = ("train", TrainConfig)
+        sections["runtime: device, speed and logging"] = ("runtime", RuntimeConfig)
         for title, (prefix, cls) in sections.items():
             rows = [
                 (f"{key}{f'={default}' if default not in ('', 'null') else ''}", text)
@@ -53,7 +45,7 @@ class TrainCommand(click.Command):
 
 
 @click.command(cls=TrainCommand)
-@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("kind", type=click.Choice(list(MODELS)))
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of token files. [default: newest in weights/]")
 @click.option("--run", help=f"{RUN_PATTERN} An interrupted run continues under its name.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Folder of the run, in place of weights/KIND/RUN/.")
@@ -83,12 +75,9 @@ def train(
     config: str | None,
     size: str,
     overrides: tuple[str, ...],
-    seed: int | None,
-    steps: int | None,
-    init: str | None,
-    device: str | None,
     hardware: str | None,
     replace: bool,
+    **short: Any,
 ) -> None:
     """Train a model. Results go to weights/KIND/RUN/: best.pt, metrics.jsonl, record.json (gpt2: RUN/CORPUS/).
 
@@ -108,8 +97,7 @@ def train(
     from picogpt.data.corpus import open_data
     from picogpt.train.distributed import init_distributed
 
-    short = {"train.seed": seed, "train.steps": steps, "train.init": init, "runtime.device": device}
-    overrides += tuple(f"{key}={value}" for key, value in short.items() if value is not None)
+    overrides += tuple(f"{SHORT[name]}={value}" for name, value in short.items() if value is not None)
     machine = None
     if hardware:
         from picogpt import machines
@@ -118,9 +106,7 @@ def train(
         batch = {key: getattr(machine, key.split(".")[1]) for key in BATCH}
         for override in overrides:
             if override.partition("=")[0] in batch:
-                raise UsageError(
-                    f"--set {override}: --hardware {hardware} settles that, from its file; use one of them"
-                )
+                raise UsageError(f"--set {override}: the file of --hardware {hardware} sets that; use one of them")
         overrides += tuple(f"{key}={value}" for key, value in batch.items())
     experiment = load_experiment(model_file(config or kind, size_of(size)), overrides)
     if experiment.model.kind != kind:
@@ -131,25 +117,24 @@ def train(
     from picogpt.train.loop import Trainer
 
     with init_distributed(experiment.runtime.device) as world:
-        place = folder or world.broadcast_from_main(lambda: _folder(kind, run, token_data.train.header.corpus))
-        trainer = Trainer(experiment, token_data, place, world, machines.name_of(hardware) if hardware else None)
+        target = folder or world.broadcast_from_main(lambda: _folder(kind, run, token_data.train.header.corpus))
+        trainer = Trainer(experiment, token_data, target, world, machines.name_of(hardware) if hardware else None)
         if hardware and machine:
             machines.require(hardware, machine, trainer.device, world.size)
         try:
             record = trainer.run(replace)
         except Interrupted as stop:
-            named = run or folder
-            again = "" if named else f" with --run {place.relative_to(WEIGHTS).parts[1]}"
+            again = "" if run or folder else f" with --run {target.relative_to(WEIGHTS).parts[1]}"
             raise Interrupted(stop.exit_status - 128, f"{stop}: the same command{again} continues from there") from None
     if not world.is_main:
         return
     if not trainer.progress.sessions:
-        click.echo(f"{place} is finished already; nothing was trained", err=True)
+        click.echo(f"{target} is finished already; nothing was trained", err=True)
     if note := _note(kind):
         note.unlink(missing_ok=True)
     results = record["results"]
     click.echo(
-        f"{place}/best.pt: validation loss {results['best_val_loss']:.6f} at epoch {results['best_epoch']:.2f}"
+        f"{target}/best.pt: validation loss {results['best_val_loss']:.6f} at epoch {results['best_epoch']:.2f}"
         f" (step {results['best_step']} of {results['steps']}), {results['train_seconds']:.0f} s of training"
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from picogpt.config import CharBigramConfig
+from picogpt.data.sampler import Ids
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
 
@@ -29,14 +31,14 @@ class CharBigram(LanguageModel):
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
+    def lower_bound(self, ids: Ids) -> float:
+        """The lowest loss on `ids` (N + 1,) that any bigram can reach, in nats: the conditional entropy of the pair counts.
 
-def closed_form_loss(ids: torch.Tensor, vocab_size: int) -> float:
-    """The lowest training loss any bigram can reach, in nats: the conditional entropy of the pair counts.
-
-    H = -1/N * sum over pairs (a, b) of n(a, b) * ln(n(a, b) / n(a)), with N the number of pairs in `ids` (N + 1,).
-    """
-    pairs = ids[:-1].long() * vocab_size + ids[1:].long()
-    counts = torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size).double()
-    given = counts.sum(1, keepdim=True)
-    # xlogy is 0 where a pair never occurs.
-    return -(torch.xlogy(counts, counts) - torch.xlogy(counts, given)).sum().item() / counts.sum().item()
+        H = -1/N * sum over pairs (a, b) of n(a, b) * ln(n(a, b) / n(a)), with N the number of pairs.
+        """
+        vocab_size, tokens = self.embedding.num_embeddings, torch.from_numpy(np.array(ids)).long()
+        pairs = torch.bincount(tokens[:-1] * vocab_size + tokens[1:], minlength=vocab_size**2)
+        counts = pairs.view(vocab_size, vocab_size).double()
+        # xlogy is 0 where a pair never occurs.
+        entropy = torch.xlogy(counts, counts) - torch.xlogy(counts, counts.sum(1, keepdim=True))
+        return -entropy.sum().item() / counts.sum().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from picogpt.config import CharTransformerConfig, GPT2Config
 
@@ -10,7 +11,7 @@ from picogpt.config import CharTransformerConfig, GPT2Config
 class KVCache:
     """Keys and values of fixed size for `block_size` positions; `length` of them are filled.
 
-    The model calls `start`, each layer `update`, and the model `advance` once all layers have. The first call may
+    The model calls `start`, each layer `attention`, and the model `advance` once all layers have. The first call may
     bring a whole prompt, each later one a single token.
 
     Prompts of different lengths are padded on the left: `padding` (B,) is the number of padding slots of each row.
@@ -56,17 +57,20 @@ class KVCache:
             self.mask = (keys <= queries)[None, None, None]
         return queries
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append k and v (B, H, T, D); return the keys and values to attend to."""
+    def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Append k and v (B, H, T, D); return the attention of the queries q over all keys so far, (B, H, T, D)."""
         keys, values = self.values[layer, 0], self.values[layer, 1]  # (B, H, S, D)
         if self._fixed_step:
             keys.index_copy_(2, self.slot, k.to(keys.dtype))
             values.index_copy_(2, self.slot, v.to(keys.dtype))
-            return keys, values
-        end = self.length + k.size(2)
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        else:
+            end = self.length + k.size(2)
+            keys[:, :, self.length : end] = k
+            values[:, :, self.length : end] = v
+            keys, values = keys[:, :, :end], values[:, :, :end]
+        return F.scaled_dot_product_attention(
+            q.to(keys.dtype), keys, values, attn_mask=self.mask, is_causal=self.causal
+        )
 
     def advance(self, idx: torch.Tensor) -> None:
         """Count the slots of the tokens idx (B, T) as filled."""
@@ -74,10 +78,10 @@ class KVCache:
         self.slot += idx.size(1)
         self.last.copy_(idx[:, -1:])
 
-    def restart(self, padding: list[int] | None = None) -> None:
+    def restart(self, padding: list[int]) -> None:
         """Empty the cache for contexts with this padding, in the same memory, so that a CUDA graph stays valid."""
         self.rewind(0)
-        if self.padding is not None and padding is not None:
+        if self.padding is not None:
             self.padding.copy_(torch.tensor(padding))
 
     def rewind(self, length: int) -> None:

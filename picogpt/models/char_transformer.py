@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from picogpt.config import CharTransformerConfig
-from picogpt.models.attention import causal_attention
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
 
@@ -58,9 +57,7 @@ class CharTransformer(LanguageModel):
         positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.start(idx.size(1))
         before = idx[:, :1] if cache is None else cache.last
         previous = torch.cat((before, idx[:, :-1]), dim=1)  # (B, T)
-        previous = torch.where(
-            positions == 0, self.vocab_size, previous
-        )  # the first position has no previous character
+        previous = torch.where(positions == 0, self.vocab_size, previous)  # the first position has none
         x = self.wte(idx) + self.wte_pairs(previous * self.vocab_size + idx)  # (B, T, C)
         x = F.dropout(norm(x), self.config.dropout, self.training)
         cos, sin = (table[positions].unsqueeze(-3) for table in (self.cos, self.sin))  # (1, T, D/2) or (B, 1, T, D/2)
@@ -70,9 +67,7 @@ class CharTransformer(LanguageModel):
             cache.advance(idx)
             x = x[:, -1:]
         logits = self.head(norm(x)).float()  # (B, T, V)
-        logits = LOGIT_CAP * torch.tanh(
-            logits / LOGIT_CAP
-        )  # bounds the logits, so no character gets all of the probability
+        logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)  # bounded, so no character gets all of the probability
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -94,6 +89,7 @@ class Block(nn.Module):
         self.c_out = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
         nn.init.zeros_(self.c_proj.weight)
         nn.init.zeros_(self.c_out.weight)
+        self.sdpa = F.scaled_dot_product_attention  # `kernels` may replace it by a faster one
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)."""
@@ -106,7 +102,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).chunk(3, dim=1)
         q, k = rotate(norm(q), cos, sin).to(v.dtype), rotate(norm(k), cos, sin).to(v.dtype)  # (B, H, T, D)
-        y = causal_attention(q, k, v, self.layer, cache)  # (B, H, T, D)
+        y = self.sdpa(q, k, v, is_causal=True) if cache is None else cache.attention(self.layer, q, k, v)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

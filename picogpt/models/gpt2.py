@@ -5,6 +5,7 @@ self-attention, then that of an MLP, both on the normalized stream (pre-norm). A
 weights are the token embedding (tied), give the logits.
 
 Linear layers store weights as (out, in), like torch; OpenAI's files store (in, out), which `pretrained` transposes.
+`kernels` may replace `sdpa`, `loss` and the linear layers by faster ones with the same results.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from picogpt.config import GPT2Config
-from picogpt.models.attention import causal_attention
 from picogpt.models.cache import KVCache
 from picogpt.models.language_model import LanguageModel
-from picogpt.models.loss import linear_cross_entropy
 
 INIT_STD = 0.02
 
@@ -38,7 +37,6 @@ class GPT2(LanguageModel):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.head: nn.Module = TiedHead(self.wte)
-        self.loss = linear_cross_entropy  # the training ladder replaces it
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # Projections into the residual stream are scaled by 1 / sqrt(2 n_layer): its variance does not grow with depth.
@@ -56,14 +54,16 @@ class GPT2(LanguageModel):
         for block in self.h:
             x = block(x, cache)
         x = self.ln_f(x)
+        if targets is not None:
+            return self.loss(x, targets)
         if cache is not None:
             cache.advance(idx)
             x = x[:, -1:]  # only the logits of the last position are needed
-        if targets is None:
-            return self.head(x)
-        if isinstance(self.head, TiedHead):
-            return self.loss(x.flatten(0, 1), self.wte.weight, targets.flatten())
-        return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())  # specialized for sampling
+        return self.head(x)  # (B, T, V)
+
+    def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy, in nats, of the logits of x (B, T, C) against targets (B, T); a float32 scalar."""
+        return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())
 
     def flops_per_token(self) -> int:
         """6 per weight in a matrix product, including the output layer, plus 12 L C T for attention, the full T x T square.
@@ -104,13 +104,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.attention = causal_attention  # the training ladder replaces it
+        self.sdpa = F.scaled_dot_product_attention
 
     def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3).unbind(2)  # (B, H, T, D)
-        y = self.attention(q, k, v, self.layer, cache, self.dropout if self.training else 0)
+        if cache is None:
+            y = self.sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)  # (B, H, T, D)
+        else:
+            y = cache.attention(self.layer, q, k, v)
         return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

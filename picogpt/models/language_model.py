@@ -15,6 +15,7 @@ from picogpt.errors import PicogptError
 
 if TYPE_CHECKING:
     from picogpt.config import ModelConfig
+    from picogpt.data.sampler import Ids
     from picogpt.models.cache import KVCache
 
 
@@ -34,6 +35,10 @@ class LanguageModel(nn.Module):
 
     def flops_per_token(self) -> int | None:
         """Floating-point operations of training on one token, forward and backward; None where they are not counted."""
+        return None
+
+    def lower_bound(self, ids: Ids) -> float | None:
+        """The lowest loss on `ids` that a model of this kind can reach, in nats per token; None where it is not known."""
         return None
 
     def forward(

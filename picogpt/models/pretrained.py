@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from picogpt import hub
-from picogpt.config import GPT2Config
+from picogpt import hub, models
+from picogpt.config import GPT2Config, ModelConfig
 from picogpt.errors import PicogptError, UsageError
 from picogpt.models.gpt2 import GPT2
-from picogpt.models.language_model import check_tensors, shapes_only
+from picogpt.models.language_model import LanguageModel, check_tensors, shapes_only
 
 VOCAB_SIZE = 50257
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -27,15 +27,17 @@ def load(name: str, path: Path | None = None) -> GPT2:
     return load_safetensors(path or hub.fetch(name), hub.registry()[name].config(), VOCAB_SIZE)
 
 
-def load_for(name: str, config: GPT2Config, vocab_size: int) -> GPT2:
-    """The pretrained model `name`, with the dropout of `config`, in training mode. Raises like `hub.fetch`."""
-    model = load_safetensors(hub.fetch(name), config, vocab_size)
-    model.train()
-    return model
+def load_for(config: ModelConfig, vocab_size: int) -> LanguageModel:
+    """OpenAI's model of the shape of `config`, with its dropout, in training mode. Raises like `name_for` and `hub.fetch`."""
+    path = hub.fetch(name_for(config, vocab_size))
+    assert isinstance(config, GPT2Config)  # ensured by name_for
+    return load_safetensors(path, config, vocab_size).train()
 
 
-def name_for(config: GPT2Config, vocab_size: int) -> str:
+def name_for(config: ModelConfig, vocab_size: int) -> str:
     """The name of the pretrained model of the shape of `config`. Raises UsageError when OpenAI published none."""
+    if not isinstance(config, GPT2Config):
+        raise UsageError(f"train.init=pretrained: there are pretrained weights of gpt2, not of {config.kind}")
     for name, asset in hub.registry().items():
         if asset.config() == config.model_copy(update={"dropout": 0.0}) and vocab_size == VOCAB_SIZE:
             return name
@@ -55,29 +57,26 @@ def load_safetensors(path: Path, config: GPT2Config, vocab_size: int) -> GPT2:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise PicogptError(f"{path} is no whole safetensors file: {error}") from error
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
+        raise PicogptError(f"{path} does not fit the model: its lm_head.weight is not wte.weight; GPT-2's head is tied")
     state = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.")
         if name.endswith(MASKS):
             continue
         if not tensor.is_floating_point():
             raise PicogptError(
                 f"{path} does not fit the model: {name} holds {tensor.dtype}, not floating-point numbers"
             )
-        if name == "lm_head.weight":
-            if not torch.equal(tensor, tensors.get("wte.weight", tensors.get("transformer.wte.weight", tensor))):
-                raise PicogptError(
-                    f"{path} does not fit the model: its lm_head.weight is not wte.weight; GPT-2's head is tied"
-                )
-            continue
-        state[name] = (
-            tensor.float().T.contiguous() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor.float()
-        )
+        transposed = name.endswith(TRANSPOSED) and tensor.dim() == 2
+        state[name] = tensor.float().T.contiguous() if transposed else tensor.float()
     with shapes_only():
-        model = GPT2(config, vocab_size)
+        model = models.build(config, vocab_size, 0)
     check_tensors(model, state, path)
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    model.eval()
+    assert isinstance(model, GPT2)
+    return model

@@ -72,48 +72,34 @@ class World:
         return self._reduce(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 and return its result on all ranks; a PicogptError there is raised on all ranks."""
+        """Call `make` on rank 0 and return its result on all ranks; a PicogptError there is raised on all ranks.
+
+        Tensors in it are broadcast one by one, without a copy of the whole.
+        """
         if self.size == 1:
             return make()
+        tensors: list[torch.Tensor] = []
         answer: list[Any] = [None, None]
         if self.is_main:
             try:
-                answer[0] = make()
+                tree = make()
+                tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+                answer[0] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tree)
             except PicogptError as error:
                 answer[1] = error
         with _peers():
             dist.broadcast_object_list(answer, group=self.control)
         if answer[1] is not None:
             raise answer[1]
-        return answer[0]
-
-    def broadcast_tree_from_main(self, make: Callable[[], T]) -> T:
-        """As `broadcast_from_main`, for dictionaries and lists that contain tensors: each tensor is broadcast by itself, without a copy."""
-        if self.size == 1:
-            return make()
-        tensors: list[torch.Tensor] = []
-
-        def outline() -> T:
-            tree = make()
-            tensors.extend(leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-            return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tree)
-
-        tree = self.broadcast_from_main(outline)
-        turn = iter(tensors)
+        sources = iter(tensors)
 
         def receive(shape: torch.Tensor) -> torch.Tensor:
-            tensor = next(turn).contiguous() if self.is_main else torch.empty_like(shape, device="cpu")
+            tensor = next(sources).contiguous() if self.is_main else torch.empty_like(shape, device="cpu")
             with _peers():
                 dist.broadcast(tensor, 0, group=self.control)
             return tensor
 
-        return tree_map_only(torch.Tensor, receive, tree)
-
-    def main_first(self, make: Callable[[], T]) -> T:
-        """Call `make` on every rank, on rank 0 first, so that the others find what it has downloaded."""
-        made: list[T] = []
-        self.broadcast_from_main(lambda: made.append(make()))
-        return made[0] if self.is_main else make()
+        return tree_map_only(torch.Tensor, receive, answer[0])
 
     def _reduce(self, value: torch.Tensor, operation: Any) -> float:
         if self.size > 1:

@@ -12,15 +12,13 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from picogpt import records
+from picogpt import checkpoint, records
 from picogpt.errors import PicogptError
 from picogpt.files import exclusive_lock, place, write_text
-from picogpt.train import checkpoint
 
 RESULTS = ("best.pt", "metrics.jsonl")
 
@@ -33,11 +31,9 @@ class RunFolder:
         self.work = self.path / "checkpoints"
         self.last, self.best, self.metrics = (self.work / name for name in ("last.pt", "best.pt", "metrics.jsonl"))
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager:
         """Lock the folder. Raises PicogptError when another process is training here."""
-        with exclusive_lock(self.path, "training"):
-            yield
+        return exclusive_lock(self.path, "training")
 
     def finished(self, replace: bool) -> dict[str, Any] | None:
         """The record, if the run is finished; with `replace`, a run with other settings is deleted.
@@ -60,7 +56,7 @@ class RunFolder:
             return record
         if ours and not replace:
             raise PicogptError(
-                f"{self.path} is finished, and its best.pt is gone: bring it back, or --replace trains again"
+                f"{path.parent} is finished, but its best.pt is missing: restore it, or --replace the run"
             )
         self._refuse_unless(replace)
         for name in ("record.json", *RESULTS):
@@ -76,8 +72,15 @@ class RunFolder:
         # Listing the folder refreshes a network file system, which may cache that a file does not exist.
         if not {self.last.name, checkpoint.previous(self.last).name} & set(os.listdir(self.work)):
             return None
-        state = self._read(replace)
-        if state and state["fingerprint"] == self.fingerprint:
+        try:
+            state, warning = checkpoint.load_state(self.last)
+        except PicogptError as error:
+            if not replace:
+                raise PicogptError(f"{error}; --replace starts over") from error
+            state, warning = {}, f"{error}; starting over"
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+        if state.get("fingerprint") == self.fingerprint:
             return state
         self._refuse_unless(replace)
         shutil.rmtree(self.work)
@@ -86,7 +89,15 @@ class RunFolder:
 
     def cut_metrics(self, step: int) -> None:
         """Keep the lines up to `step`: later ones are written again, and the last one may be incomplete."""
-        write_text(self.metrics, "".join(line + "\n" for line in _lines_until(self.metrics, step)) if step else "")
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if step and self.metrics.exists() else []:
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except json.JSONDecodeError:
+                break
+            kept.append(f"{line}\n")
+        write_text(self.metrics, "".join(kept))
 
     def save(self, state: dict[str, Any]) -> None:
         """Write last.pt atomically. Raises PicogptError when it cannot be written."""
@@ -101,33 +112,8 @@ class RunFolder:
         records.write(self.path / "record.json", record)
         shutil.rmtree(self.work)
 
-    def _read(self, replace: bool) -> dict[str, Any] | None:
-        """The last valid state; with `replace`, None if there is none."""
-        try:
-            state, warning = checkpoint.load_state(self.last)
-        except PicogptError as error:
-            if not replace:
-                raise PicogptError(f"{error}; --replace starts over") from error
-            state, warning = None, f"{error}; starting over"
-        if warning:
-            warnings.warn(warning, stacklevel=3)
-        return state
-
     def _refuse_unless(self, replace: bool) -> None:
         if not replace:
             raise PicogptError(
                 f"{self.path} holds a run of other settings or data: choose another --run, or --replace it"
             )
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except json.JSONDecodeError:
-            break
-        kept.append(line)
-    return kept

@@ -24,10 +24,11 @@ NEWTON_SCHULZ_STEPS = 5
 class Optimizer:
     """The optimizers of a model and their common schedule."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int):
+    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, fused: bool = True):
+        """`fused`: one kernel for all of AdamW; otherwise torch's own choice."""
         self.config, self.total_steps = config, total_steps
         embeddings, matrices, rest = _sort(model)
-        adam_groups = [
+        groups = [
             {"params": embeddings, "lr": config.embedding_learning_rate or config.learning_rate, "weight_decay": 0.0},
             {"params": rest, "lr": config.learning_rate, "weight_decay": 0.0},
         ]
@@ -35,10 +36,9 @@ class Optimizer:
         if config.optimizer == "muon" and matrices:
             self.parts.append(Muon(matrices, config.matrix_learning_rate, config.momentum, config.weight_decay))
         else:
-            adam_groups.append({"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay})
-        self.parts.append(
-            torch.optim.AdamW([g for g in adam_groups if g["params"]], betas=config.betas, eps=config.eps, fused=True)
-        )
+            groups.append({"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay})
+        groups = [group for group in groups if group["params"]]
+        self.parts.append(torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused or None))
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def step(self, step: int, skip: torch.Tensor | None = None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,25 @@ from torch import nn
 
 from picogpt import models
 from picogpt.config import Experiment, parse
+from picogpt.data.tokenizers import CharTokenizer, Tokenizer
 from picogpt.errors import PicogptError, UsageError
 from picogpt.files import atomic_write, place
 from picogpt.models.language_model import LanguageModel, check_tensors, shapes_only
+from picogpt.registry import MODELS
 
-FORMAT = "picogpt-checkpoint"
-VERSION = 1
-TYPES: dict[str, dict[str, type]] = {
-    "weights": {"experiment": dict, "vocab_size": int, "corpus": dict, "step": int, "val_loss": float, "model": dict},
-    "state": {"fingerprint": str, "progress": dict, "model": dict, "optimizer": list},
+HEADER = {"format": "picogpt-checkpoint", "version": 1}
+WEIGHTS: dict[str, type] = {
+    "experiment": dict,
+    "vocab_size": int,
+    "corpus": dict,
+    "step": int,
+    "val_loss": float,
+    "model": dict,
+}
+STATE: dict[str, type] = {"fingerprint": str, "progress": dict, "model": dict, "optimizer": list}
+CONTENTS: dict[Any, tuple[str, dict[str, type]]] = {
+    "weights": ("weights only (best.pt)", WEIGHTS),
+    "state": ("the state of a training (last.pt)", STATE),
 }
 
 
@@ -55,23 +66,42 @@ class Weights:
         model.load_state_dict(self.state, assign=True)  # skips drawing initial weights, which takes a second
         return model.eval()
 
+    def tokenizer(self, folder: str | Path | None = None) -> Tokenizer:
+        """The tokenizer that the model was trained with, as described at `models.load`. Raises PicogptError without it."""
+        wanted = self.corpus.get("tokenizer_sha256")
+        if MODELS[self.experiment.model.kind].tokenizer == "gpt2":
+            from picogpt.data.bpe import GPT2Tokenizer
+
+            tokenizer: Tokenizer = GPT2Tokenizer.fetched("resources")
+            if tokenizer.sha256 != wanted:
+                raise PicogptError(f"{self.path} was trained with another tokenizer than GPT-2's (sha256 {wanted})")
+            return tokenizer
+        for candidate in [Path(folder)] if folder else self._tokenizer_folders():
+            try:
+                tokenizer = CharTokenizer.load(candidate)
+            except PicogptError:
+                if folder:
+                    raise
+                continue  # one of several; another may fit
+            if tokenizer.sha256 == wanted:
+                return tokenizer
+        if folder:
+            raise PicogptError(f"the tokenizer in {folder} is not the one that {self.path} was trained with")
+        raise PicogptError(
+            f"no tokenizer in weights/char_tokenizer/ fits {self.path}: give its folder with --tokenizer-dir"
+        )
+
+    def _tokenizer_folders(self) -> Iterator[Path]:
+        for parent in (Path("weights"), *self.path.resolve().parents):
+            yield from (file.parent for file in sorted(parent.glob("char_tokenizer/*/tokenizer.json")))
+
 
 def save_weights(
     path: Path, model: nn.Module, experiment: Experiment, vocab_size: int, corpus: dict, step: int, val_loss: float
 ) -> None:
     """Write `best.pt` atomically."""
-    _save(
-        path,
-        {
-            "content": "weights",
-            "experiment": experiment.model_dump(),
-            "vocab_size": vocab_size,
-            "corpus": corpus,
-            "step": step,
-            "val_loss": val_loss,
-            "model": model.state_dict(),
-        },
-    )
+    values = (experiment.model_dump(), vocab_size, corpus, step, val_loss, model.state_dict())
+    _save(path, {"content": "weights", **dict(zip(WEIGHTS, values, strict=True))})
 
 
 def load_weights(path: str | Path, kind: str | None = None) -> Weights:
@@ -85,26 +115,16 @@ def load_weights(path: str | Path, kind: str | None = None) -> Weights:
         experiment = parse(Experiment, _lists(tree["experiment"]), f"{path}, experiment")
     except UsageError as error:  # a broken file, not a wrong request
         raise PicogptError(str(error)) from error
-    if kind and experiment.model.kind != kind:
-        raise PicogptError(
-            f"{path} holds a {experiment.model.kind}, not a {kind}: picogpt sample {experiment.model.kind}"
-        )
-    return Weights(
-        path=path,
-        experiment=experiment,
-        vocab_size=tree["vocab_size"],
-        corpus=tree["corpus"],
-        step=tree["step"],
-        val_loss=tree["val_loss"],
-        state=tree["model"],
-    )
+    found = experiment.model.kind
+    if kind and found != kind:
+        raise PicogptError(f"{path} holds a {found}, not a {kind}: picogpt sample {found}")
+    return Weights(path, experiment, *(tree[key] for key in list(WEIGHTS)[1:]))
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write `last.pt` atomically and keep the previous one as `last.previous.pt`."""
     if path.exists():
-        # A hard link, not a rename, so that last.pt exists at every moment.
-        place(path, previous(path))
+        place(path, previous(path))  # a hard link, not a rename, so that last.pt exists at every moment
     _save(path, {"content": "state", **state})
 
 
@@ -126,16 +146,10 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def load_tensors(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Copy the tensors of `state` into `model`. Raises PicogptError naming what is missing, extra or misshaped."""
-    check_tensors(model, state, source)
-    model.load_state_dict(state)
-
-
 def _save(path: Path, tree: dict[str, Any]) -> None:
     try:
         with atomic_write(path) as file:
-            torch.save({"format": FORMAT, "version": VERSION, **tree}, file)
+            torch.save({**HEADER, **tree}, file)
     except RuntimeError as error:  # torch's writer wraps the OSError of a full disk
         raise PicogptError(f"cannot write {path}: {error.__context__ or error}") from error
 
@@ -158,15 +172,14 @@ def _load(path: Path, content: str) -> dict[str, Any]:
         ) from error
     except Exception as error:  # a damaged archive can raise any type
         raise PicogptError(f"{path} is damaged, or no checkpoint: {error}") from error
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    if not isinstance(tree, dict) or tree.get("format") != HEADER["format"]:
         raise PicogptError(f"{path} is no checkpoint of picogpt")
-    if tree.get("version") != VERSION:
-        raise PicogptError(f"{path} has version {tree.get('version')}; this picogpt reads version {VERSION}")
+    if tree.get("version") != HEADER["version"]:
+        raise PicogptError(f"{path} has version {tree.get('version')}; this picogpt reads version {HEADER['version']}")
     if tree.get("content") != content:
-        names = {"weights": "weights only (best.pt)", "state": "the state of a training (last.pt)"}
-        held = names.get(str(tree.get("content")), "something unknown")
-        raise PicogptError(f"{path} holds {held}; {names[content]} is needed here")
-    wrong = [key for key, kind in TYPES[content].items() if not isinstance(tree.get(key), kind)]
+        held = CONTENTS.get(tree.get("content"), ("something unknown",))[0]
+        raise PicogptError(f"{path} holds {held}; {CONTENTS[content][0]} is needed here")
+    wrong = [key for key, cls in CONTENTS[content][1].items() if not isinstance(tree.get(key), cls)]
     if wrong or not all(isinstance(tensor, torch.Tensor) for tensor in tree["model"].values()):
         raise PicogptError(
             f"{path} is incomplete or damaged: {', '.join(wrong) or 'model'} missing or of the wrong type"

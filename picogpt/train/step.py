@@ -1,0 +1,177 @@
+"""The training step of every model, in training and in the training ladder: micro-batches, all-reduce, clipping, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from picogpt import hardware
+from picogpt.config import ModelConfig, TrainConfig
+from picogpt.errors import UsageError
+from picogpt.models import kernels
+from picogpt.models.language_model import LanguageModel
+from picogpt.train.distributed import World
+from picogpt.train.evaluate import autocast
+from picogpt.train.optim import Optimizer
+
+TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16, "mps": 1 << 14}
+"""Tokens of a forward pass by device type, without a configured micro-batch; more of them are no faster."""
+BYTES_PER_ACTIVATION = 40
+"""Activation memory per token, layer and channel: 17 values in bfloat16, with a margin."""
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that capture CUDA graphs."""
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What makes a step fast. These defaults train; the training ladder begins with `BASELINE` and adds one after another."""
+
+    tf32: bool = True
+    """TF32 for the float32 matrix products that are left, on GPUs that have it."""
+    bfloat16: bool = True
+    """Autocast of matrix products to bfloat16, on devices that are fast with it."""
+    compile: str | None = "default"
+    """The mode of torch.compile; None: eager."""
+    attention: Literal["written_out", "flash", "fastest"] = "fastest"
+    """Attention kernel; `fastest` also sets the order of torch's backends."""
+    loss: Literal["plain", "padded", "fused"] = "fused"
+    """Output layer and cross-entropy of GPT-2."""
+    fused_optimizer: bool = True
+    """One kernel for AdamW, with weight decay for matrices alone; otherwise torch's default without weight decay."""
+    keep_memory: bool = True
+    """On a CPU, malloc keeps freed memory."""
+
+
+BASELINE = Switches(False, False, None, "written_out", "plain", False, False)
+"""What a textbook writes down."""
+
+
+class Step:
+    """A model on its device, its optimizer, and one optimizer step of them."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: TrainConfig,
+        total_steps: int,
+        device: hardware.Device,
+        world: World,
+        micro_batch_size: int,
+        switches: Switches,
+    ):
+        self.config, self.world, self.switches, self.micro_batch_size = config, world, switches, micro_batch_size
+        self.device = device if switches.bfloat16 else replace(device, dtype="float32")
+        torch.set_float32_matmul_precision("high" if switches.tf32 else "highest")
+        if switches.keep_memory:
+            hardware.keep_memory(device)
+        # The raw module is evaluated, sampled and saved; the compiled and distributed ones share its weights.
+        self.model = model.to(device.torch_name)
+        self.optimizer = Optimizer(model, config, total_steps, switches.fused_optimizer)
+        # Reading a loss synchronizes with a GPU, so there losses are read only when a line is logged.
+        self.reads_each_loss = device.type != "cuda" or config.optimizer == "muon" or not switches.fused_optimizer
+        self.compiled = switches.compile is not None
+        self.forward: Callable[..., torch.Tensor] = self._compile()
+
+    def _compile(self) -> Callable[..., torch.Tensor]:
+        """The forward pass, compiled if it is to be; kernels that a graph should not hold stay outside of it."""
+        compiled = self.device if self.compiled else None
+        kernels.use(self.model, self.switches.attention, self.switches.loss, compiled)
+        return torch.compile(self.model, mode=self.switches.compile) if self.compiled else self.model
+
+    def distribute(self) -> None:
+        """Average gradients over the ranks (all-reduce) at the end of each step from now on."""
+        if self.world.size > 1:
+            ids = [self.world.local_rank] if self.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
+
+    def stop_compiling(self) -> None:
+        """Go on in eager mode, where torch.compile does not work."""
+        self.compiled = False
+        self.model.zero_grad(set_to_none=True)
+        distributed = isinstance(self.forward, DistributedDataParallel)
+        self.forward = self._compile()
+        if distributed:
+            self.distribute()
+
+    def forward_backward(self, x: torch.Tensor, y: torch.Tensor, parts: int = 1) -> torch.Tensor:
+        """Add the gradient of a micro-batch x, y (B, T), one of `parts`; return its share of the mean loss."""
+        best_backend = hardware.attention(self.device) if self.switches.attention == "fastest" else nullcontext()
+        with autocast(self.device), best_backend:
+            loss = self.forward(x, y) / parts
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
+        """Step number `step`, from 0, on this rank's inputs and targets (B, T), int64, on its device.
+
+        Returns the mean loss over all ranks, on the device; where the loss or the gradient is not finite, NaN, and the
+        weights do not change.
+        """
+        self.model.train()
+        parts = list(zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True))
+        total = torch.zeros((), device=inputs.device)
+        for index, (x, y) in enumerate(parts):
+            if self.switches.compile in GRAPH_MODES and self.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()  # graphs may use the memory of the step before
+            # The all-reduce of gradients happens once per step; no_sync must be set before the forward pass.
+            alone = isinstance(self.forward, DistributedDataParallel) and index < len(parts) - 1
+            with self.forward.no_sync() if alone else nullcontext():  # type: ignore[attr-defined]
+                total += self.forward_backward(x, y, len(parts))
+        loss = self.world.mean(total)
+        if self.config.grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            loss = torch.where(torch.isfinite(norm), loss, math.nan)  # a non-finite gradient counts as such a loss
+        finite = torch.isfinite(loss)
+        if self.reads_each_loss and not finite.item():
+            return loss
+        # Where the loss is read later, fused AdamW skips a non-finite step through found_inf, without synchronization.
+        self.optimizer.step(step, skip=None if self.reads_each_loss else ~finite)
+        return loss
+
+
+def tokens_at_once(device: hardware.Device, model: ModelConfig) -> int:
+    """Tokens of a forward pass without a configured micro-batch: on a GPU, as many as fit into half of its memory."""
+    most = TOKENS_AT_ONCE[device.type]
+    memory, layers = hardware.gpu_memory_bytes(device), getattr(model, "n_layer", 0)
+    if memory is None or not layers:
+        return most
+    settings: Any = model
+    return min(most, memory // 2 // (BYTES_PER_ACTIVATION * layers * settings.n_embd))
+
+
+def micro_batch_size(batch_size: int, ranks: int, wanted: int | None, most: int) -> int:
+    """Sequences of one forward pass on one rank: `wanted`, or the largest divisor of the rank's share up to `most`.
+
+    Raises UsageError, saying what would divide, when the batch does not divide over the ranks, or the share of a rank
+    into micro-batches.
+    """
+    if batch_size % ranks:
+        more = batch_size + ranks - batch_size % ranks
+        near = f"{more - ranks} or {more}" if more > ranks else f"{more}"
+        raise UsageError(
+            f"train.batch_size={batch_size} does not divide over {ranks} ranks: with {ranks} ranks, {near} would;"
+            f" with {batch_size} sequences, --nproc_per_node of {_listed(_divisors(batch_size))} would"
+        )
+    share = batch_size // ranks
+    if wanted is None:
+        return max(divisor for divisor in _divisors(share) if divisor <= most)
+    if share % wanted:
+        raise UsageError(
+            f"train.micro_batch_size={wanted} does not divide the {share} sequences of each of {ranks} ranks"
+            f" (train.batch_size={batch_size}); these do: {_listed(_divisors(share))}"
+        )
+    return wanted
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
