@@ -67,14 +67,21 @@ class TrainingPlan(Settings):
     settings: str = Field(description="settings that determine the weights, as JSON: the file without its `runtime`")
 
 
+class RungPlan(Settings):
+    """One rung of a training ladder."""
+
+    before: list[str] = Field(description="the rung before it, if there is one")
+    settings: str = Field(
+        description="what determines its record, as JSON: the machine's file, with the rungs up to it"
+    )
+
+
 class MachinePlan(Job):
     """A machine of `config/hardware/`, or a file of the user's own, and the jobs on all of its ranks."""
 
     argument: str = Field(description="its name or path on the command line")
     settings: str = Field(description="its file, as JSON")
-    ladder: dict[str, str] = Field(
-        description="rungs of the training ladder in order, with the settings that determine their records, as JSON"
-    )
+    ladder: dict[str, RungPlan]
     training: TrainingPlan | None = Field(description="the long training on FineWeb-Edu that its file names")
 
 
@@ -228,7 +235,10 @@ def _machine(name: str, argument: str, gpu_models: str | dict[str, str]) -> Mach
         argument=argument,
         settings=json.dumps(tree, sort_keys=True),
         ladder={
-            rung: json.dumps({**deciding, "rungs": machine.rungs[: index + 1]}, sort_keys=True)
+            rung: RungPlan(
+                before=machine.rungs[max(0, index - 1) : index],
+                settings=json.dumps({**deciding, "rungs": machine.rungs[: index + 1]}, sort_keys=True),
+            )
             for index, rung in enumerate(machine.rungs)
         },
         training=training,

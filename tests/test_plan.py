@@ -65,11 +65,12 @@ def test_on_a_cluster_every_machine_asks_for_its_own(monkeypatch):
     assert make(ladder={"hardware": ["h100x2"]}).from_hub == ["pretrained"]  # its text is here
 
 
-def test_a_rung_is_determined_by_those_before_it_and_not_by_the_title():
+def test_a_rung_depends_on_those_before_it_and_not_on_the_title():
     ladder = make().machines["a30"].ladder
     assert list(ladder)[:3] == ["baseline", "tf32", "bf16"]
-    assert json.loads(ladder["tf32"])["rungs"] == ["baseline", "tf32"]
-    assert "title" not in json.loads(ladder["tf32"])
+    assert (ladder["baseline"].before, ladder["bf16"].before) == ([], ["tf32"])
+    settings = json.loads(ladder["tf32"].settings)
+    assert (settings["rungs"], "title" in settings) == (["baseline", "tf32"], False)
 
 
 @pytest.mark.parametrize(("here", "ranks"), [(1, 1), (2, 2), (3, 2), (6, 4)])

@@ -106,14 +106,6 @@ rule bench_weights:
         " > {log:q} 2>&1"
 
 
-def rung_before(wildcards):
-    """The record of the rung before {rung} on the machine {hardware}, if there is one."""
-    rung(wildcards)  # stops where there is no such rung
-    names = list(machine(wildcards, "ladder"))
-    before = names[: names.index(wildcards.rung)][-1:]
-    return expand("results/records/ladder/{hardware}/{name}.json", hardware=wildcards.hardware, name=before)
-
-
 rule bench_train:
     """
     One rung of the training ladder: a step of GPT-2 with every optimization up to this one, in a process of its own.
@@ -122,7 +114,7 @@ rule bench_train:
     """
     input:
         rules.tokenize_gpt2.output,
-        before=rung_before,
+        before=lambda w: [f"results/records/ladder/{w.hardware}/{name}.json" for name in rung(w)["before"]],
     output:
         "results/records/ladder/{hardware}/{rung}.json",
     log:
@@ -134,7 +126,7 @@ rule bench_train:
     params:
         launch=lambda wildcards: machine(wildcards, "launch"),
         machine=lambda wildcards: machine(wildcards, "argument"),
-        settings=rung,
+        settings=lambda wildcards: rung(wildcards)["settings"],
         model=PLAN["ladder_model"],
         overrides=lambda wildcards: expand("--set={pair}", pair=config["ladder"]["set"]),
     shell:

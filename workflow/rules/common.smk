@@ -56,7 +56,7 @@ def machine(wildcards, entry):
 
 
 def rung(wildcards):
-    """The settings that determine the record of the rung {rung} of the machine {hardware}."""
+    """The plan for the rung {rung} of the machine {hardware}."""
     return look_up(machine(wildcards, "ladder"), wildcards.rung, f"rung of hardware {wildcards.hardware}")
 
 
