@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from picogpt.config import GPT2Config
 from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer, byte_characters
+from picogpt.data.fetch import WEIGHTS_FILE
 from picogpt.errors import PicogptError
-from picogpt.hub import FILE
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.pretrained import TRANSPOSED
 
@@ -36,7 +36,7 @@ def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        save_file(state, temporary / FILE, metadata={"format": "pt"})
+        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         for name, text in _texts(model.config, model.wte.num_embeddings, tokenizer).items():
             (temporary / name).write_text(text, encoding="utf-8")
         os.chmod(temporary, 0o755)

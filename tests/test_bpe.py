@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import tiktoken
 
-from picogpt.data import assets, bpe
-from picogpt.data.assets import MIRROR_VARIABLE
+from picogpt.data import bpe, fetch
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import open_data, tokenize_gpt2
+from picogpt.data.fetch import MIRROR_VARIABLE
 from picogpt.errors import PicogptError, Unreachable, UsageError
 
 STRANGE = "Don't  stop\n\n  believing   \t\n—naïve 東京 🙂🙃 1234567 <|endoftext|> x\u00a0y\r\n end   "
@@ -24,9 +24,9 @@ def test_a_wrong_file_of_ranks_is_refused(tmp_path: Path):
 
 def test_where_nothing_answers_every_source_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(MIRROR_VARIABLE, str(tmp_path / "mirror"))
-    monkeypatch.setattr(assets, "_index_addresses", lambda archive: [])
-    none = {name: asset.model_copy(update={"addresses": ()}) for name, asset in assets.registry().items()}
-    monkeypatch.setattr(assets, "registry", lambda: none)
+    monkeypatch.setattr(fetch, "_index_addresses", lambda archive: [])
+    none = {name: asset.model_copy(update={"addresses": ()}) for name, asset in fetch.registry().items()}
+    monkeypatch.setattr(fetch, "registry", lambda: none)
     with pytest.raises(Unreachable, match=r"(?s)vocab\.bpe.*openai_whisper"):
         GPT2Tokenizer.fetched(tmp_path)
 
@@ -115,8 +115,8 @@ def test_the_exported_vocabulary_is_openais(gpt2: GPT2Tokenizer, tmp_path: Path)
 
     files = _texts(GPT2Config(kind="gpt2"), 50257, gpt2)
     (tmp_path / "vocab.bpe").write_text(files["merges.txt"], encoding="utf-8")
-    merges = assets.find(bpe.MERGES)
-    assert assets.is_whole(tmp_path / "vocab.bpe", merges)  # byte for byte what OpenAI published
+    merges = fetch.find(bpe.MERGES)
+    assert fetch.is_whole(tmp_path / "vocab.bpe", merges)  # byte for byte what OpenAI published
     vocabulary = json.loads(files["vocab.json"])
     assert len(vocabulary) == 50257
     assert vocabulary["Ġworld"] == 995

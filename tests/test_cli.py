@@ -9,9 +9,9 @@ import pytest
 
 from picogpt import config
 from picogpt.cli import common
-from picogpt.data.assets import MIRROR_VARIABLE
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import tokenize_chars, tokenize_gpt2
+from picogpt.data.fetch import MIRROR_VARIABLE
 
 
 def test_help_is_there_without_torch():

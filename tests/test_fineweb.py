@@ -26,9 +26,8 @@ from test_tokens import rewrite_header
 from test_workflow import SMALL, SNAKEMAKE, WORKFLOW
 from test_workflow import jobs as planned
 
-from picogpt import hub as hub_client
 from picogpt import records
-from picogpt.data import fineweb, shards
+from picogpt.data import fetch, fineweb, shards
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import open_data
 from picogpt.data.sampler import Sampler, sequential
@@ -154,8 +153,8 @@ def whole(joined: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenData:
     shutil.copy(joined / "val.bin", folder / "val.bin")
     ids = np.concatenate([open_tokens(joined / shards.shard_file(number)).ids for number in range(3)])
     header = open_tokens(joined / "val.bin").header
-    fields = {**vars(header), "split": "train", "count": len(ids)}
-    write_tokens(folder / "train.bin", ids, Header(**fields))
+    header = header.model_copy(update={"split": "train", "first_document": None, "documents": None})
+    write_tokens(folder / "train.bin", header, [(1, ids)])
     return open_data(folder)
 
 
@@ -164,7 +163,7 @@ def test_the_registry_names_every_shard_of_the_sample():
     assert (len(data.shards), data.size) == (14, 28_518_193_415)
     assert data.shards[13].file == "013_00000.parquet"
     wanted = fineweb.parquet(3)
-    assert (wanted.file, wanted.kind) == ("sample/10BT/003_00000.parquet", "dataset")
+    assert (wanted.file, wanted.repo_type) == ("sample/10BT/003_00000.parquet", "dataset")
 
 
 def test_shards_are_fetched_once(hub: Hub, picogpt, contents: list[bytes]):
@@ -188,9 +187,9 @@ def test_a_hang_up_is_resumed_where_it_stopped(hub: Hub, register, monkeypatch: 
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 14)
     hub.hang_up_after = [len(content) // 2]
     try:
-        path = hub_client.obtain(fineweb.parquet(0))
+        path = fetch.obtain(fineweb.parquet(0))
     except Unreachable:  # the client may leave it to the next run
-        path = hub_client.obtain(fineweb.parquet(0))
+        path = fetch.obtain(fineweb.parquet(0))
     assert path.read_bytes() == content
     ranges = [wanted for method, _, wanted in hub.requests if method == "GET"]
     assert any(wanted and int(wanted.removeprefix("bytes=").split("-")[0]) > 0 for wanted in ranges), ranges
@@ -351,16 +350,16 @@ def flip(path: Path) -> None:
         (lambda f: flip(f / "val.bin"), "val.bin is damaged"),
         (
             lambda f: (f / "train-00002.bin").replace(f / "train-00001.bin"),
-            "train-00001.bin was made from another file than 001_00000.parquet",
+            "train-00001.bin is not shard 1 .* made from 001_00000.parquet: its text_sha256 is",
         ),
         (
             lambda f: rewrite_header(f / "train-00001.bin", tokenizer_sha256="f" * 64),
-            "different tokenizers: tokenizer_sha256 differs",
+            "train-00001.bin is not shard 1 .*its tokenizer_sha256 is ffff",
         ),
-        (lambda f: rewrite_header(f / "train-00001.bin", corpus="x"), "train-00001.bin is of the corpus x"),
-        (lambda f: rewrite_header(f / "train-00000.bin", first_document=29), "train-00000.bin begins at document 29"),
-        (lambda f: rewrite_header(f / "train-00001.bin", first_document=5), "train-00001.bin begins at document 5"),
-        (lambda f: rewrite_header(f / "train-00001.bin", documents=None), "train-00001.bin is no token file of a shard"),
+        (lambda f: rewrite_header(f / "train-00001.bin", corpus="x"), "train-00001.bin is not shard 1 .*its corpus is x, not fineweb-edu; tokenize shard 1"),
+        (lambda f: rewrite_header(f / "train-00000.bin", first_document=29), "train-00000.bin is not shard 0 .*its first_document is 29, not 30"),
+        (lambda f: rewrite_header(f / "train-00001.bin", first_document=5), "train-00001.bin is not shard 1 .*its first_document is 5, not 0"),
+        (lambda f: rewrite_header(f / "train-00001.bin", documents=None), "train-00001.bin is not shard 1 .*its documents are not counted"),
     ],
 )  # fmt: skip
 def test_shards_that_do_not_belong_together_are_not_joined(folder: Path, damage: Callable, message: str):
@@ -441,17 +440,17 @@ def test_many_files_read_like_one(joined: Path, whole: TokenData):
 
 @pytest.mark.parametrize("count", [10, 1000])
 def test_a_batch_opens_no_more_files_than_it_has_windows(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch):
-    header = Header(1, "uint16", 50257, 0, "train", "fineweb-edu", "", "e" * 64, "", 0, 1)
+    header = Header(
+        vocab_size=50257, split="train", corpus="x", text_sha256="", tokenizer_sha256="e" * 64, first_document=0
+    )
     sources = [(f"{number}.parquet", f"{number:064x}") for number in range(count)]
     ids = np.arange(100, dtype=np.uint16)
     for name, (_, sha256) in zip(
         ["val.bin", *map(shards.shard_file, range(count))], [sources[0], *sources], strict=True
     ):
-        first = 1 if name == "train-00000.bin" else 0
-        fields = {**vars(header), "text_sha256": sha256, "count": 100, "first_document": first}
-        fields["data_sha256"] = hashlib.sha256(ids).hexdigest()
-        write_tokens(tmp_path / name, ids, Header(**fields))
-    shards.join(tmp_path, "fineweb-edu", sources)
+        fields = {"text_sha256": sha256, "first_document": int(name == "train-00000.bin")}
+        write_tokens(tmp_path / name, header.model_copy(update=fields), [(1, ids)])
+    shards.join(tmp_path, "x", sources)
 
     opened: list[Path] = []
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from picogpt import hardware, hub, plan
+from picogpt import hardware, plan
+from picogpt.data import fetch
 from picogpt.errors import UsageError
 
 SHIPPED = yaml.safe_load((ROOT / "config/config.yaml").read_text())
@@ -152,21 +153,21 @@ def test_by_hand_it_reads_a_file(picogpt):
     assert made.keys() == plan.Plan.model_fields.keys()
 
 
-def status(attempt: int, endpoint: str, **files: hub.Answer) -> None:
-    hub.write_status(Path("resources/hub.json"), hub.HubStatus(attempt=attempt, endpoint=endpoint, files=files))
+def status(attempt: int, endpoint: str, **files: fetch.Answer) -> None:
+    fetch.write_status(Path("resources/hub.json"), fetch.HubStatus(attempt=attempt, endpoint=endpoint, files=files))
 
 
 def test_the_hub_is_asked_again_until_its_answer_is_settled(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("HF_ENDPOINT", "http://hub")
     weights = tmp_path / "weights"
-    here = hub.Answer(state="here", path=str(weights))
-    status(3, "http://hub", pretrained=hub.Answer(state="unreachable", reason="nobody answered"))
+    here = fetch.Answer(state="here", path=str(weights))
+    status(3, "http://hub", pretrained=fetch.Answer(state="unreachable", reason="nobody answered"))
     assert make().hub_attempt == 4
     status(4, "http://hub", pretrained=here)
     assert make().hub_attempt == 5  # the cache was emptied
     weights.touch()
     assert make().hub_attempt == 4
-    status(5, "http://hub", pretrained=hub.Answer(state="refused", reason="no login"))
+    status(5, "http://hub", pretrained=fetch.Answer(state="refused", reason="no login"))
     assert make().hub_attempt == 5
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
     assert make().hub_attempt == 6

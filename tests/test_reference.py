@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from picogpt import hardware, records, reference
-from picogpt.data import assets
+from picogpt.data import fetch
 from picogpt.errors import PicogptError
 from picogpt.report.compare import read_references, write_summary
 
@@ -21,7 +21,7 @@ SPEEDS = {"tokens_per_second": 10.0, "final_loss": 9.0}
 
 def record(kind: str, **change: object) -> dict:
     """A record of a clean checkout, on the published corpus."""
-    corpus = {"name": "tinyshakespeare", "text_sha256": assets.find("tinyshakespeare").sha256}
+    corpus = {"name": "tinyshakespeare", "text_sha256": fetch.find("tinyshakespeare").sha256}
     corpus |= {"train_tokens": 301_966, "val_tokens": 36_059}
     tree = {
         **records.provenance(hardware.select("cpu")), "kind": kind, "corpus": corpus, "config": {}, "commit": COMMIT,

@@ -10,7 +10,6 @@ import click
 from picogpt.cli.common import (
     KINDS,
     PRETRAINED,
-    RESOURCES,
     load_model,
     model_options,
     optional_option,
@@ -130,58 +129,6 @@ def train(
 
 
 @bench.command()
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="A UTF-8 text.")
-@click.option(
-    "--characters",
-    type=click.IntRange(1),
-    default=8_000_000,
-    help="The text is repeated until it has this many characters.",
-)
-@click.option(
-    "--shards",
-    "counts",
-    type=click.IntRange(1),
-    multiple=True,
-    default=(10, 100, 1000, 10000),
-    help="Numbers of shards; repeatable.",
-)
-@click.option("--windows", type=click.IntRange(1), default=512, help="Windows of 1,024 tokens in a batch.")
-@click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs of tokenizing, for each number of cores.")
-@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
-def data(text: Path, characters: int, counts: tuple[int, ...], windows: int, runs: int, out: Path | None) -> None:
-    """Measure the cost of data: tokenizing by number of cores, reading batches by number of shards.
-
-    Tokenizing alternates with tiktoken's own batches; the shards are small files in a temporary folder.
-
-    \b
-      picogpt bench data --text resources/tinyshakespeare.txt
-      picogpt bench data --text my.txt --shards 100 --runs 3
-    """
-    from picogpt import hardware, records
-    from picogpt.bench import data as bench_data
-    from picogpt.data.bpe import GPT2Tokenizer
-
-    cores = hardware.cpu_count()
-    threads = sorted({*(2**power for power in range(cores.bit_length())), cores})
-    tokenizer = GPT2Tokenizer.fetched(RESOURCES)
-    record = bench_data.measure(text, tokenizer, threads, sorted(set(counts)), windows, runs, characters)
-    if out:
-        records.write(out, record)
-    results = record["results"]
-    click.echo(
-        f"tokenizing: {results['one_thread']:,.0f} tokens/s on one core, {results['share_of_tiktoken']:.0%} of tiktoken's;"
-        f" on {cores} cores {results['speedup']:.2f} times that"
-    )
-    for count, opened, first, later in zip(
-        record["config"]["shards"], results["open_seconds"], results["first_batch_seconds"], results["batch_seconds"],
-        strict=True,
-    ):  # fmt: skip
-        click.echo(
-            f"{count:>6,} shards: open {1000 * opened:.1f} ms, batch {1000 * later:.1f} ms, first {1000 * first:.1f} ms"
-        )
-
-
-@bench.command()
 @click.argument("files", nargs=-1, metavar="NAME=FILE...", required=True)
 @click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
 def weights(files: tuple[str, ...], out: Path | None) -> None:
@@ -190,8 +137,9 @@ def weights(files: tuple[str, ...], out: Path | None) -> None:
     \b
       picogpt bench weights gpt2=weights/gpt2/RUN/tinyshakespeare/best.pt gpt2-pretrained=gpt2-pretrained
     """
-    from picogpt import hub, records
+    from picogpt import records
     from picogpt.bench import weights as bench_weights
+    from picogpt.data.fetch import fetch_pretrained
     from picogpt.errors import Unreachable
 
     paths: dict[str, Path] = {}
@@ -202,7 +150,7 @@ def weights(files: tuple[str, ...], out: Path | None) -> None:
             raise UsageError(f"{pair!r} is not of the form NAME=FILE")
         if file in PRETRAINED:
             try:
-                paths[name] = hub.fetch(file.removeprefix("gpt2-"), cached_only=True)
+                paths[name] = fetch_pretrained(file.removeprefix("gpt2-"), cached_only=True)
             except Unreachable:
                 missing[name] = records.HUB_UNREACHABLE
                 click.echo(f"{name}: not measured here: {missing[name]}", err=True)

@@ -85,10 +85,10 @@ def token_folder(kind: str) -> Path:
 
 def require_fitting(kind: str, data: TokenData) -> None:
     """Raises UsageError where the tokens are not those of the model."""
-    from picogpt.data import assets, bpe
+    from picogpt.data import bpe, fetch
 
     header, path = data.train.header, data.train.path
-    of_gpt2 = header.tokenizer_sha256 == assets.find(bpe.RANKS).sha256
+    of_gpt2 = header.tokenizer_sha256 == fetch.find(bpe.RANKS).sha256
     if of_gpt2 != (kind == "gpt2"):
         held = "GPT-2's tokens" if of_gpt2 else f"tokens of another tokenizer ({header.vocab_size} of them)"
         wanted = "gpt2" if kind == "gpt2" else "char"
@@ -102,17 +102,17 @@ def load_model(
     if tokenizer_dir and kind in ("gpt2", *PRETRAINED):
         raise UsageError(f"{kind} has GPT-2's own tokenizer: leave out --tokenizer-dir")
     if kind in PRETRAINED:
-        from picogpt import hub
+        from picogpt.data import fetch
         from picogpt.data.bpe import GPT2Tokenizer
 
         if ckpt or untrained:
             raise UsageError(f"{kind} is OpenAI's: leave out --ckpt and --untrained")
         name = kind.removeprefix("gpt2-")
-        path = hub.fetch(name, cached_only)
+        path = fetch.fetch_pretrained(name, cached_only)
         from picogpt.models import pretrained  # loads torch, for nothing where there are no weights
 
         tokenizer: Any = GPT2Tokenizer.fetched(RESOURCES)
-        return pretrained.load(name, path), tokenizer, hub.registry()[name].repository
+        return pretrained.load(name, path), tokenizer, fetch.pretrained()[name].repository
 
     from picogpt.train.checkpoint import load_weights
 

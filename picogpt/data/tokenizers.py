@@ -26,24 +26,19 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of distinct tokens."""
-        ...
 
     @property
     def sha256(self) -> str:
         """Identity of the vocabulary: equal hashes give equal ids."""
-        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids. Raises UsageError when the text has characters that the vocabulary lacks."""
-        ...
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of token ids."""
-        ...
 
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
         """UTF-8 bytes of token ids; a token may end inside a character."""
-        ...
 
 
 class CharTokenizer:
