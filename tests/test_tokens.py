@@ -51,10 +51,14 @@ def test_a_corpus_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_unseen_characters_can_be_left_out(tmp_path: Path):
-    (tmp_path / "text.txt").write_text("ab" * 95 + "zabababa")
-    data = tokenize_chars(tmp_path / "text.txt", tmp_path / "out", drop_unseen=True)
+def test_unseen_characters_can_be_left_out_if_something_remains(tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_text("ab" * 95 + "zabababa")
+    data = tokenize_chars(path, tmp_path / "out", drop_unseen=True)
     assert (data.vocab_size, data.val.header.count) == (2, 19)
+    path.write_text("ab" * 45 + "z" * 10)
+    with pytest.raises(PicogptError, match="lacks nearly all"):
+        tokenize_chars(path, tmp_path / "out", drop_unseen=True)
 
 
 def rewrite_header(path: Path, **change: object) -> None:
@@ -90,27 +94,14 @@ def test_a_damaged_file_is_refused_by_name(corpus: Path, tmp_path: Path, damage,
     assert str(path) in str(error.value)
 
 
-def test_halves_of_different_texts_are_refused(corpus: Path, tmp_path: Path):
+@pytest.mark.parametrize(("field", "val_fraction", "more"), [("text_sha256", 0.1, "more\n"), ("data_sha256", 0.3, "")])
+def test_halves_of_different_texts_or_splits_are_refused(corpus: Path, tmp_path: Path, field, val_fraction, more):
     tokenize_chars(corpus, tmp_path / "a")
-    (tmp_path / "other.txt").write_text(corpus.read_text() + "more of it\n")
-    tokenize_chars(tmp_path / "other.txt", tmp_path / "b")
+    (tmp_path / "other.txt").write_text(corpus.read_text() + more)
+    tokenize_chars(tmp_path / "other.txt", tmp_path / "b", val_fraction=val_fraction)
     (tmp_path / "b/val.bin").replace(tmp_path / "a/val.bin")
-    with pytest.raises(PicogptError, match=r"another text, split or tokenizer than .*train\.bin: its text_sha256 is"):
+    with pytest.raises(PicogptError, match=rf"another text, split or tokenizer than .*train\.bin: its {field} is"):
         open_data(tmp_path / "a")
-
-
-def test_halves_of_different_splits_are_refused(corpus: Path, tmp_path: Path):
-    tokenize_chars(corpus, tmp_path / "a")
-    tokenize_chars(corpus, tmp_path / "b", val_fraction=0.3)
-    (tmp_path / "b/val.bin").replace(tmp_path / "a/val.bin")
-    with pytest.raises(PicogptError, match="its data_sha256 is"):
-        open_data(tmp_path / "a")
-
-
-def test_dropping_may_not_leave_nothing(tmp_path: Path):
-    (tmp_path / "text.txt").write_text("ab" * 45 + "z" * 10)
-    with pytest.raises(PicogptError, match="lacks nearly all"):
-        tokenize_chars(tmp_path / "text.txt", tmp_path / "out", drop_unseen=True)
 
 
 def test_a_large_vocabulary_takes_two_bytes(tmp_path: Path):

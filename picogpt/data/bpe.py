@@ -49,6 +49,7 @@ class GPT2Tokenizer:
         self.tiktoken = tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=self.ranks, special_tokens={END_OF_TEXT: len(self.ranks)}
         )
+        self.vocab_size = self.tiktoken.n_vocab
 
     @classmethod
     def fetched(cls, folder: str | Path) -> GPT2Tokenizer:
@@ -57,11 +58,6 @@ class GPT2Tokenizer:
         Raises Unreachable when no source answers.
         """
         return cls(fetch_ranks(folder))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of distinct tokens: 50,257."""
-        return self.tiktoken.n_vocab
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a prompt, uint16; `<|endoftext|>` in it is one token. Raises UsageError on broken Unicode."""

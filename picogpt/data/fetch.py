@@ -10,12 +10,11 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -76,6 +75,11 @@ class HubFile:
     command: str
     """The command that fetches it, for messages."""
     repo_type: Literal["model", "dataset"] = "model"
+
+    def location(self) -> dict[str, Any]:
+        """The arguments by which functions of the hub's client take a file."""
+        names = {"repo_id": self.repository, "filename": self.file}
+        return {**names, "repo_type": self.repo_type, "revision": self.revision}
 
 
 class Pretrained(Settings):
@@ -182,6 +186,8 @@ def fetch_first(names: Sequence[str], folder: str | Path) -> tuple[str, Path]:
 
 def _extract(asset: Asset, archive: Archive) -> bytes:
     """The members of the archive, one after another."""
+    import tarfile
+
     with tarfile.open(fileobj=io.BytesIO(_download(archive))) as tar:
         members = [tar.extractfile(archive.member.format(part)) for part in archive.parts]
         return _verified(b"".join(member.read() for member in members if member), asset, archive.file)
@@ -225,7 +231,8 @@ def _receive(address: str, file: File) -> bytes:
         time.sleep(0.5 * attempt)
         content = b""
         try:
-            with requests.get(address, stream=True, timeout=TIMEOUT_S) as response:
+            headers = {"Accept-Encoding": "identity"}  # the registered bytes, and no others
+            with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
                 response.raise_for_status()
                 with transfer(file.file, file.size) as advance:
                     for chunk in response.iter_content(1 << 16):
@@ -317,9 +324,7 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     where = f"{wanted.repository}/{wanted.file} at {wanted.revision[:12]}"
-    cached = try_to_load_from_cache(
-        wanted.repository, wanted.file, revision=wanted.revision, repo_type=wanted.repo_type
-    )
+    cached = try_to_load_from_cache(**wanted.location())
     here = isinstance(cached, str)
     if not here and (cached_only or not _hub_answers()):  # the client would ask again and again, for 23 s
         remedy = f": {wanted.command} brings it"
@@ -328,15 +333,8 @@ def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
             remedy = f", and the hub ({hub}) cannot be reached: run {wanted.command} where it can, or set HF_ENDPOINT"
         raise Unreachable(f"{where} is not in the cache of the hub's client ({constants.HF_HUB_CACHE}){remedy}")
     try:
-        if not here:  # the client would still ask the hub for a file that it has
-            cached = hf_hub_download(
-                wanted.repository,
-                wanted.file,
-                repo_type=wanted.repo_type,
-                revision=wanted.revision,
-                endpoint=endpoint(),
-            )
-        path = Path(str(cached))
+        # For a file that it has, the client would still ask the hub.
+        path = Path(str(cached) if here else hf_hub_download(**wanted.location(), endpoint=endpoint()))
         expected = wanted.sha256 or _named_hash(path, wanted)
     except Exception as error:  # of the client, its transport or the disk: they have no class in common
         raise _explained(error, where) from error
@@ -382,10 +380,7 @@ def _named_hash(path: Path, wanted: HubFile) -> str:
 
     if path.is_symlink():
         return _stored(path).name
-    url = hf_hub_url(
-        wanted.repository, wanted.file, repo_type=wanted.repo_type, revision=wanted.revision, endpoint=endpoint()
-    )
-    return str(get_hf_file_metadata(url).etag)
+    return str(get_hf_file_metadata(hf_hub_url(**wanted.location(), endpoint=endpoint())).etag)
 
 
 def _stored(path: Path) -> Path:

@@ -89,10 +89,8 @@ def tokenize(
         tokenizer_sha256=tokenizer.sha256,
         first_document=held_out,
     )
-    headers = {path: header}
-    if held_out:
-        val_header = header.model_copy(update={"split": "val", "first_document": 0, "documents": held_out})
-        headers = {folder / shards.VAL: val_header, path: header}
+    val_header = header.model_copy(update={"split": "val", "first_document": 0, "documents": held_out})
+    headers = {folder / shards.VAL: val_header, path: header} if held_out else {path: header}
     with exclusive_lock(folder, f"tokenizing shard {number}", f".{path.name}.lock"):
         if all(shards.is_whole(part, expected) for part, expected in headers.items()):
             return path
@@ -136,12 +134,10 @@ def _shard(number: int) -> File:
 
 def _verified(path: Path, shard: File) -> Path:
     """`path`, when it holds the bytes of `shard`."""
-    if not path.is_file():
-        raise PicogptError(f"{path} is not there: it should hold {shard.file} of {NAME}")
     if not is_whole(path, shard):
+        found = f"{path.stat().st_size:,} bytes, sha256 {sha256_file(path)}" if path.is_file() else "it is not there"
         raise PicogptError(
-            f"{path} is another file than {shard.file} of {NAME}: {path.stat().st_size:,} bytes, sha256"
-            f" {sha256_file(path)}; expected {shard.size:,} bytes, {shard.sha256}"
+            f"{path} is not {shard.file} of {NAME}: {found}; expected {shard.size:,} bytes, sha256 {shard.sha256}"
         )
     return path
 
