@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from picogpt.config import GPT2Config
 from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer, byte_characters
+from picogpt.data.fetch import WEIGHTS_FILE
 from picogpt.errors import PicogptError
-from picogpt.hub import FILE
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.pretrained import TRANSPOSED
 
@@ -34,7 +34,7 @@ def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        save_file(state, temporary / FILE, metadata={"format": "pt"})
+        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         for name, text in _texts(model.config, model.wte.num_embeddings, tokenizer).items():
             (temporary / name).write_text(text, encoding="utf-8")
         os.replace(temporary, folder)

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from picogpt import hardware, hub, machines
+from picogpt import hardware, machines
 from picogpt.config import Settings, load_experiment, model_file, parse, read_yaml
+from picogpt.data.fetch import Answer, endpoint, read_status
 from picogpt.errors import UsageError
 
 RESOURCES = Path("resources")
@@ -247,14 +248,14 @@ def _machine(name: str, argument: str, gpu_models: str | dict[str, str]) -> Mach
 
 def _hub_attempt(names: list[str]) -> int:
     """The number of the last attempt, plus one unless each file is here or was refused by this hub."""
-    status = hub.read_status(RESOURCES / "hub.json")
+    status = read_status(RESOURCES / "hub.json")
     if status is None:
         return 1
-    answers = [status.files.get(name, hub.Answer(state="unreachable")) for name in names]
+    answers = [status.files.get(name, Answer(state="unreachable")) for name in names]
     settled = all(
         Path(str(answer.path)).exists()
         if answer.state == "here"
-        else answer.state == "refused" and status.endpoint == hub.endpoint()
+        else answer.state == "refused" and status.endpoint == endpoint()
         for answer in answers
     )
     return status.attempt + (not settled)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from picogpt import records
-from picogpt.data import assets, fineweb
+from picogpt.data import fetch, fineweb
 from picogpt.errors import PicogptError
 from picogpt.files import read_text, sha256_file, write_text
 
@@ -112,7 +112,7 @@ def require_good(path: Path, record: dict[str, Any]) -> None:
         raise PicogptError(f"{path} does not say on which device or with which torch it was measured")
     corpus = record["corpus"]
     distributed = record["task"] == "train" and record["machine"] and corpus.get("name") == fineweb.NAME
-    if corpus and not distributed and corpus.get("text_sha256") != assets.find(CORPUS).sha256:
+    if corpus and not distributed and corpus.get("text_sha256") != fetch.find(CORPUS).sha256:
         raise PicogptError(f"{path} was measured on {corpus.get('name')}: reference records stand on {CORPUS}")
 
 

@@ -26,7 +26,7 @@ from picogpt.data.tokens import TokenData
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LONGEST = ("test_workflow.py", "test_readme.py", "test_slurm.py", "test_fineweb.py")
+LONGEST = ("test_workflow.py", "test_readme.py", "test_slurm.py", "test_fineweb_rules.py")
 
 SMALL_MODEL = {"kind": "char-transformer", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1}
 SMALL_TRAIN = {

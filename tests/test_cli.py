@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from picogpt import config
-from picogpt.data.assets import MIRROR_VARIABLE
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import tokenize_chars, tokenize_gpt2
+from picogpt.data.fetch import MIRROR_VARIABLE
 from picogpt.files import exclusive_lock
 
 MODULE = [sys.executable, "-m", "picogpt"]

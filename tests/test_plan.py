@@ -9,7 +9,8 @@ import yaml
 from conftest import ROOT
 from test_machines import gpus
 
-from picogpt import hub, plan
+from picogpt import plan
+from picogpt.data import fetch
 
 SHIPPED = yaml.safe_load((ROOT / "config/config.yaml").read_text())
 
@@ -131,21 +132,21 @@ def test_by_hand_it_reads_a_file(picogpt):
     assert json.loads(picogpt("plan", "mine.yaml").out).keys() == plan.Plan.model_fields.keys()
 
 
-def status(attempt: int, endpoint: str, **files: hub.Answer) -> None:
-    hub.write_status(Path("resources/hub.json"), hub.HubStatus(attempt=attempt, endpoint=endpoint, files=files))
+def status(attempt: int, endpoint: str, **files: fetch.Answer) -> None:
+    fetch.write_status(Path("resources/hub.json"), fetch.HubStatus(attempt=attempt, endpoint=endpoint, files=files))
 
 
 def test_the_hub_is_asked_again_until_its_answer_is_settled(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("HF_ENDPOINT", "http://hub")
     weights = tmp_path / "weights"
-    here = hub.Answer(state="here", path=str(weights))
-    status(3, "http://hub", pretrained=hub.Answer(state="unreachable", reason="nobody answered"))
+    here = fetch.Answer(state="here", path=str(weights))
+    status(3, "http://hub", pretrained=fetch.Answer(state="unreachable", reason="nobody answered"))
     assert make().hub_attempt == 4
     status(4, "http://hub", pretrained=here)
     assert make().hub_attempt == 5  # the cache was emptied
     weights.touch()
     assert make().hub_attempt == 4
-    status(5, "http://hub", pretrained=hub.Answer(state="refused", reason="no login"))
+    status(5, "http://hub", pretrained=fetch.Answer(state="refused", reason="no login"))
     assert make().hub_attempt == 5
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
     assert make().hub_attempt == 6

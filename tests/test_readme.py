@@ -24,8 +24,8 @@ import hub
 import pytest
 import yaml
 from conftest import ROOT, copy_source, text_of_words
+from hub import hub_path, parquet, registered
 from safetensors.torch import save
-from test_fineweb import hub_path, parquet, registered
 from test_pretrained import CONFIG, REVISION, openai_names, small
 from test_workflow import SMALL, SNAKEMAKE, WORKFLOW
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from picogpt import hardware, records, reference
-from picogpt.data import assets
+from picogpt.data import fetch
 from picogpt.errors import PicogptError
 from picogpt.records import Key
 from picogpt.report.compare import read_references, write_summary
@@ -23,7 +23,7 @@ RESULTS = {"train": TRAINED, "ladder": BASELINE}
 
 def record(key: Key, **change: object) -> dict:
     """A record of a clean checkout, on the published corpus."""
-    corpus = {"name": "tinyshakespeare", "text_sha256": assets.find("tinyshakespeare").sha256}
+    corpus = {"name": "tinyshakespeare", "text_sha256": fetch.find("tinyshakespeare").sha256}
     config = {"train": {"seed": 1}, "hardware": {"batch_size": 1, "block_size": 1, "steps": 5}}
     return {
         **records.provenance(hardware.select("cpu")), **key._asdict(), "corpus": corpus, "config": config, "ranks": 1,

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, small_experiment
 
 from picogpt.config import Experiment
-from picogpt.data import assets
+from picogpt.data import fetch
 from picogpt.data.tokens import TokenData
 from picogpt.errors import PicogptError
 from picogpt.records import Key
@@ -32,7 +32,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def record(value: float | None, corpus: str = CORPUS, device: str = "d", **change: object) -> dict:
-    text = assets.find(CORPUS).sha256 if corpus == CORPUS else "0" * 64
+    text = fetch.find(CORPUS).sha256 if corpus == CORPUS else "0" * 64
     identity = {"name": corpus, "text_sha256": text, "train_tokens": 1_003_854, "val_tokens": 111_540}
     results = {} if value is None else {"loss": value}
     created = "2026-02-03T00:00:00"

@@ -30,7 +30,8 @@ import pytest
 import yaml
 from cluster import Cluster
 from conftest import ROOT
-from test_fineweb import HELD_OUT, PAIR, TINY, hub_path, parquet, registered, source_with, texts
+from hub import HELD_OUT, hub_path, parquet, registered, texts
+from test_fineweb_rules import PAIR, TINY, source_with
 from test_train import assert_same_run
 from test_workflow import BOX, NO_HUB, SMALL, SNAKEMAKE
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from picogpt import hardware, hub, records
+from picogpt import hardware, records
+from picogpt.data import fetch
 from picogpt.errors import PicogptError, Unreachable
 
 
@@ -19,8 +20,8 @@ def measure(files: Mapping[str, str]) -> dict[str, Any]:
     for name, file in files.items():
         pretrained = file.removeprefix("gpt2-")
         try:
-            known = pretrained in hub.registry()
-            paths[name] = hub.fetch(pretrained, cached_only=True) if known else Path(file)
+            known = pretrained in fetch.pretrained()
+            paths[name] = fetch.fetch_pretrained(pretrained, cached_only=True) if known else Path(file)
         except Unreachable:
             missing[f"{name} MB"] = records.HUB_UNREACHABLE
     try:

@@ -11,7 +11,6 @@ import click
 from picogpt.cli.common import (
     KINDS,
     PRETRAINED,
-    RESOURCES,
     load_model,
     model_options,
     optional_option,
@@ -120,58 +119,6 @@ def train(
         f" {results['peak_memory_bytes'] / 2**30:.2f} GiB, loss {results['final_loss']:.4f}"
         f"{smaller if results['out_of_memory'] else ''}"
     )
-
-
-@bench.command()
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="A UTF-8 text.")
-@click.option(
-    "--characters",
-    type=click.IntRange(1),
-    default=8_000_000,
-    help="The text is repeated until it has this many characters.",
-)
-@click.option(
-    "--shards",
-    "counts",
-    type=click.IntRange(1),
-    multiple=True,
-    default=(10, 100, 1000, 10000),
-    help="Numbers of shards; repeatable.",
-)
-@click.option("--windows", type=click.IntRange(1), default=512, help="Windows of 1,024 tokens in a batch.")
-@click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs of tokenizing, for each number of cores.")
-@record_option
-def data(text: Path, characters: int, counts: tuple[int, ...], windows: int, runs: int, out: Path | None) -> None:
-    """Measure the cost of data: tokenizing by number of cores, reading batches by number of shards.
-
-    Tokenizing alternates with tiktoken's own batches; the shards are small files in a temporary folder.
-
-    \b
-      picogpt bench data --text resources/tinyshakespeare.txt
-      picogpt bench data --text my.txt --shards 100 --runs 3
-    """
-    from picogpt import hardware, records
-    from picogpt.bench import data as bench_data
-    from picogpt.data.bpe import GPT2Tokenizer
-
-    cores = hardware.cpu_count()
-    threads = sorted({*(2**power for power in range(cores.bit_length())), cores})
-    tokenizer = GPT2Tokenizer.fetched(RESOURCES)
-    record = bench_data.measure(text, tokenizer, threads, sorted(set(counts)), windows, runs, characters)
-    if out:
-        records.write(out, record)
-    results = record["results"]
-    click.echo(
-        f"tokenizing: {results['one_thread']:,.0f} tokens/s on one core, {results['share_of_tiktoken']:.0%} of tiktoken's;"
-        f" on {cores} cores {results['speedup']:.2f} times that"
-    )
-    for count, opened, first, later in zip(
-        record["config"]["shards"], results["open_seconds"], results["first_batch_seconds"], results["batch_seconds"],
-        strict=True,
-    ):  # fmt: skip
-        click.echo(
-            f"{count:>6,} shards: open {1000 * opened:.1f} ms, batch {1000 * later:.1f} ms, first {1000 * first:.1f} ms"
-        )
 
 
 @bench.command()

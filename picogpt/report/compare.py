@@ -11,7 +11,7 @@ import pandas as pd
 
 from picogpt import machines, records, reference
 from picogpt.config import config_folder
-from picogpt.data.assets import find
+from picogpt.data.fetch import find
 from picogpt.errors import PicogptError
 from picogpt.files import write_text
 from picogpt.records import Key, Records
