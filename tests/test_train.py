@@ -1,9 +1,13 @@
+import fcntl
 import json
 import math
+import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +98,39 @@ def test_a_signal_saves_at_the_next_step(straight, tokens_folder, tmp_path, numb
     assert 10 <= step < 40
     assert train_in_a_process(tmp_path, tokens_folder, "never") == 0
     assert_same_run(straight, tmp_path)
+
+
+def test_a_closed_terminal_saves_too(straight: Path, tokens_folder: Path, tmp_path: Path):
+    terminal, ours = pty.openpty()
+    command = [sys.executable, driver.__file__, tmp_path, tokens_folder, "linger:9"]
+    with subprocess.Popen(
+        command,
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:
+        os.close(ours)
+        while b"ready" not in os.read(terminal, 4096):
+            pass
+        os.close(terminal)  # the kernel sends SIGHUP
+        assert process.wait(timeout=60) == 1
+    assert 10 <= checkpoint.load_state(tmp_path / "checkpoints/last.pt")[0]["progress"]["step"] < 40
+    assert train_in_a_process(tmp_path, tokens_folder, "never") == 0
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_under_nohup_a_closed_terminal_stops_nothing(ignored: bool):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        received: list[int] = []
+        with loop._stop_on_signals(received):
+            signal.raise_signal(signal.SIGHUP)
+        assert received == ([] if ignored else [signal.SIGHUP])
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def interrupted(folder: Path, tokens: TokenData, step: int) -> None:
