@@ -37,6 +37,7 @@ from picogpt.train.optim import Optimizer
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16, "mps": 1 << 14}
 """Tokens of a forward pass by device type, without a configured micro-batch; more of them are no faster."""
+CALLBACKS: list[Callable[[Trainer], None]] = []
 BYTES_PER_ACTIVATION = 40
 """Activation memory per token, layer and channel: 17 values in bfloat16, with a margin."""
 
@@ -113,6 +114,7 @@ class Trainer:
             self.forward = models.compiled(self.model)
         self.compiled = self.forward is not self.model
         self.progress = Progress()
+        self.stop_signals: list[int] = []
         self._losses: list[torch.Tensor] = []  # of the steps since the last read, on the device
 
     def run(self, replace: bool = False) -> dict[str, Any]:
@@ -120,7 +122,7 @@ class Trainer:
 
         With `replace`, a run with other settings in the folder is deleted instead of refused.
         """
-        with ExitStack() as held, _stop_on_signals() as stop:
+        with ExitStack() as held, _stop_on_signals() as self.stop_signals:
             self.world.broadcast_from_main(lambda: self._enter(held))
             finished = self.world.broadcast_from_main(lambda: self.folder.finished(replace))
             if finished:
@@ -133,7 +135,7 @@ class Trainer:
                 held.callback(setattr, self, "forward", self.model)
             bar = Training(self.experiment.model.kind, self.total_steps, self.progress.step, shown=self.world.is_main)
             with bar, hardware.attention(self.device):
-                self._loop(bar, stop, self._writer(held))
+                self._loop(bar, self.stop_signals, self._writer(held))
             record = self._record()
             self.world.broadcast_from_main(lambda: self.folder.publish(record))
             return record
@@ -165,6 +167,8 @@ class Trainer:
         first, val_loss = p.step, p.after.get("val_loss")
         while p.step < self.total_steps:
             began = p.train_seconds
+            for callback in CALLBACKS:
+                callback(self)
             self._losses.append(self._step(p.step))
             p.step += 1
             ended = p.step == self.total_steps
