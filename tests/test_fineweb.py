@@ -20,11 +20,11 @@ import pytest
 import yaml
 from conftest import copy_source
 from hub import Hub
+from pipeline import SMALL, SNAKEMAKE, WORKFLOW
+from pipeline import jobs as planned
 from test_distributed import assert_same
 from test_distributed import run as train
 from test_tokens import rewrite_header
-from test_workflow import SMALL, SNAKEMAKE, WORKFLOW
-from test_workflow import jobs as planned
 
 from picogpt import hub as hub_client
 from picogpt import records
@@ -536,12 +536,12 @@ def test_the_rules(tmp_path: Path, contents: list[bytes], gpt2_resources: Path):
 
     assert snakemake("resources/hub.json").returncode == 0
     assert answers() == {"pretrained": "unreachable", "fineweb-edu/0": "unreachable"}
-    assert "train_fineweb" not in planned(snakemake("-n"))  # the report will say so
+    assert "train_fineweb" not in planned(snakemake("-n").stdout)  # the report will say so
     with hub_server.running() as hub:
         hub.files.update({hub_path(number): content for number, content in enumerate(contents)})
         assert snakemake("resources/hub.json", endpoint=hub.address).returncode == 0
         assert answers() == {"pretrained": "refused", "fineweb-edu/0": "here"}
-        assert {"fetch_fineweb", "train_fineweb"} <= planned(snakemake("-n", endpoint=hub.address))
+        assert {"fetch_fineweb", "train_fineweb"} <= planned(snakemake("-n", endpoint=hub.address).stdout)
         notes = [f"resources/fineweb-edu/{number:05}.txt" for number in range(2)]
         fetched = snakemake(*notes, endpoint=hub.address)
         assert fetched.returncode == 0, fetched.stderr
