@@ -9,7 +9,7 @@ import forked
 import pytest
 import yaml
 from conftest import ROOT, copy_source
-from pipeline import NO_HUB, SMALL, WORKFLOW, configure, job_counts, jobs, needs_snakemake
+from pipeline import NO_HUB, SMALL, WORKFLOW, job_counts, jobs, needs_snakemake
 
 pytestmark = needs_snakemake
 CURVE = "media/char_bigram_loss.png"
@@ -81,32 +81,25 @@ def test_rules_of_the_module_can_be_imported_by_name(tmp_path: Path, corpus: Pat
     assert jobs(run(mine, "-n", "--cores", 1)) == {*MAKES_THE_CURVE, "mine"}
 
 
-def test_the_snakefile_of_a_clone_works_in_the_folder_that_is_named_or_the_current_one(tmp_path: Path, corpus: Path):
-    work, here = tmp_path / "work", tmp_path / "here"
-    for folder in (work, here):
-        folder.mkdir()
-    configure(work, corpus=str(corpus), ladder={"hardware": []})
-    arguments = [CURVE, "--snakefile", ROOT / "Snakefile", "--configfile", work / "small.yaml"]
-    out = run(here, *arguments, "--directory", work)
-    assert (work / CURVE).stat().st_size > 10_000
-    assert list(here.iterdir()) == []
+def test_a_clone_from_another_folder_and_after_a_move(clone: Path, corpus: Path, tmp_path: Path):
+    (tmp_path / "here").mkdir()
+    there = [CURVE, "--snakefile", clone / "Snakefile"]
+    out = run(tmp_path / "here", *there, "--directory", clone)
+    assert (clone / CURVE).stat().st_size > 10_000
+    assert list((tmp_path / "here").iterdir()) == []
     # The default profile was in force (without its limit nothing starts), so nothing ran beside the training.
     for rule, share in (("train", 100), ("tokenize_char", 1)):
         assert re.search(rf"rule {rule}:(?:\n    .*)+resources: .*\bmachine={share}\b", out), out
-    assert "Nothing to be done" in run(work, *arguments)
-    assert jobs(run(here, "-n", *arguments)) == MAKES_THE_CURVE
+    # Where no folder is named, the current one has the results.
+    assert jobs(run(tmp_path / "here", "-n", *there, "--config", f"corpus={corpus}")) == MAKES_THE_CURVE
+    assert jobs(run(clone, "-n", "--forceall", CURVE)) == MAKES_THE_CURVE
+    assert "Nothing to be done" in run(clone.rename(tmp_path / "moved"), CURVE)
 
 
 def test_without_the_limits_of_a_profile_nothing_starts(clone: Path):
     refused = run(clone, "--workflow-profile", "none", "--cores", 1, CURVE, status=1)
     assert "no profile limits the resource `machine`" in refused
     assert not (clone / "weights").exists()
-
-
-def test_a_moved_clone_makes_nothing_again(clone: Path, tmp_path: Path):
-    run(clone, CURVE)
-    assert jobs(run(clone, "-n", "--forceall", CURVE)) == MAKES_THE_CURVE
-    assert "Nothing to be done" in run(clone.rename(tmp_path / "moved"), CURVE)
 
 
 @pytest.mark.parametrize(
