@@ -33,7 +33,7 @@ DEVICES = ("/dev/null", "/dev/zero")
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthInfo=socket={folder}/munge/socket
@@ -63,8 +63,6 @@ UnkillableStepTimeout=600
 SlurmdTimeout=0
 GresTypes=gpu
 JobSubmitPlugins=lua
-{nodes}
-{partitions}
 """
 
 # As on clusters that bill: no job without an account, in one of the partitions.
@@ -140,8 +138,30 @@ def running(folder: Path, partitions: dict[str, tuple[str, ...]], urgent: str) -
     """
     cluster = Cluster(folder)
     nodes = list(dict.fromkeys(node for names in partitions.values() for node in names))
+    _write_settings(folder, nodes, partitions, urgent)
+    with ExitStack() as started:
+
+        def start(*command: str) -> None:
+            with open(folder / f"{command[0]}.out", "a") as out:
+                environment = {**os.environ, **cluster.environment}
+                process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+            started.callback(stop, process)
+
+        files = [f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "seed")]
+        files += [f"--log-file={folder}/munge.log", f"--socket={folder}/munge/socket"]
+        start("munged", "--foreground", "--force", "--num-threads=2", *files)
+        wait_for(lambda: (folder / "munge/socket").exists(), "munged", cluster)
+        start("slurmctld", "-D", "-f", f"{folder}/slurm.conf")
+        for node in nodes:
+            start("slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf")
+        wait_for(lambda: _states(cluster) == {"idle"}, "idle nodes", cluster)
+        started.callback(_end_jobs, cluster)
+        yield cluster
+
+
+def _write_settings(folder: Path, nodes: list[str], partitions: dict[str, tuple[str, ...]], urgent: str) -> None:
     host, ports = socket.gethostname().partition(".")[0], free_ports(1 + len(nodes))
-    for name in ("munge", "state", *(f"spool/{node}" for node in nodes)):
+    for name in ("bin", "munge", "state", *(f"spool/{node}" for node in nodes)):
         (folder / name).mkdir(parents=True)
     (folder / "munge/key").write_bytes(secrets.token_bytes(128))
     (folder / "munge/key").chmod(0o400)
@@ -150,43 +170,17 @@ def running(folder: Path, partitions: dict[str, tuple[str, ...]], urgent: str) -
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {resources}"
         for node, port in zip(nodes, ports[1:], strict=True)
     ]
-    parts = [
-        f"PartitionName={name} Nodes={','.join(names)} Default={'YES' if name == next(iter(partitions)) else 'NO'} State=UP"
-        + (" PriorityTier=10 PreemptMode=OFF" if name == urgent else " PriorityTier=1 GraceTime=30")
-        for name, names in partitions.items()
-    ]
-    configuration = CONFIGURATION.format(
-        host=host, ports=ports, folder=folder, nodes="\n".join(lines), partitions="\n".join(parts),
-        first_job=random.randrange(1, 9000),
-    )  # fmt: skip
-    (folder / "slurm.conf").write_text(configuration)
+    for name, names in partitions.items():
+        priority = "PriorityTier=10 PreemptMode=OFF" if name == urgent else "PriorityTier=1 GraceTime=30"
+        lines.append(f"PartitionName={name} Nodes={','.join(names)} State=UP {priority}")
+    first_job = random.randrange(1, 9000)
+    configuration = CONFIGURATION.format(host=host, port=ports[0], folder=folder, first_job=first_job)
+    (folder / "slurm.conf").write_text("\n".join([configuration, *lines, ""]))
     (folder / "gres.conf").write_text("".join(f"Name=gpu Type=h100 File={device}\n" for device in DEVICES))
     (folder / "job_submit.lua").write_text(SUBMIT)
     # Inside of a job the plugin takes SLURM_CONF away from srun, which elsewhere needs none.
-    (folder / "bin").mkdir()
     (folder / "bin/srun").write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
     (folder / "bin/srun").chmod(0o755)
-    munged = [
-        "munged", "--foreground", "--force", "--num-threads=2",
-        f"--key-file={folder}/munge/key", f"--socket={folder}/munge/socket", f"--pid-file={folder}/munge/pid",
-        f"--seed-file={folder}/munge/seed", f"--log-file={folder}/munge.log",
-    ]  # fmt: skip
-    with ExitStack() as started:
-
-        def start(*command: str) -> None:
-            with open(folder / f"{Path(command[0]).name}.out", "a") as out:
-                environment = {**os.environ, **cluster.environment}
-                process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
-            started.callback(stop, process)
-
-        start(*munged)
-        wait_for(lambda: (folder / "munge/socket").exists(), "munged", cluster)
-        start("slurmctld", "-D", "-f", f"{folder}/slurm.conf")
-        for node in nodes:
-            start("slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf")
-        wait_for(lambda: _states(cluster) == {"idle"}, "idle nodes", cluster)
-        started.callback(_end_jobs, cluster)
-        yield cluster
 
 
 def _states(cluster: Cluster) -> set[str]:
