@@ -86,6 +86,6 @@ def test_the_rules(tmp_path: Path, gpt2_resources: Path):
     trained = snakemake("media/gpt2_pair_loss.png")
     assert trained.returncode == 0, trained.stderr
     record = records.read(folder / "weights/gpt2/pipeline/fineweb-edu_pair/record.json")
-    assert (record["kind"], record["ranks"], record["micro_batch_size"]) == ("train gpt2 pair", 2, 1)
+    assert (record["machine"], record["ranks"], record["micro_batch_size"]) == ("pair", 2, 1)
     assert (record["corpus"]["name"], record["results"]["steps"]) == (fineweb.NAME, 4)
     assert (folder / "media/gpt2_pair_loss.png").stat().st_size > 10_000
