@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
-
 
 class PicogptError(Exception):
     """Something failed: a file, the network, the device. The message names it and says what to do."""
@@ -40,35 +36,6 @@ def innermost(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return str(error) or type(error).__name__
-
-
-def first_to_fail() -> bool:
-    """True on the rank of a job that failed first, which prints the error; the others fail because of it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return True
-    try:
-        failure_mark().touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:  # no mark can be written: printing twice is better than not at all
-        return True
-    return True
-
-
-def failure_mark() -> Path:
-    """The file that marks that a rank has failed; one for each start of the ranks by their parent, torchrun."""
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Path(tempfile.gettempdir()) / f"picogpt-failed-{launcher()}-{start}"
-
-
-def launcher() -> str:
-    """Identifies the parent process by its number and start time, as numbers are reused."""
-    parent = os.getppid()
-    try:
-        born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):  # not Linux
-        born = "0"
-    return f"{parent}-{born}"
 
 
 def is_compile_error(error: BaseException) -> bool:

@@ -6,17 +6,16 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from picogpt.config import GPT2Config
 from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer, byte_characters
+from picogpt.data.fetch import WEIGHTS_FILE
 from picogpt.errors import PicogptError
-from picogpt.hub import FILE
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.pretrained import TRANSPOSED
 
@@ -28,56 +27,50 @@ def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
     """
     if folder.exists():
         raise PicogptError(f"{folder} exists already: remove it, or choose another --out")
-    state = {}
-    for name, tensor in model.state_dict().items():
-        turned = name.endswith(TRANSPOSED)
-        state[f"transformer.{name}"] = (tensor.float().T if turned else tensor.float()).contiguous().cpu()
-    temporary = None
+    state = {
+        f"transformer.{name}": (tensor.T if name.endswith(TRANSPOSED) else tensor).float().contiguous().cpu()
+        for name, tensor in model.state_dict().items()
+    }
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        save_file(state, temporary / FILE, metadata={"format": "pt"})
+        temporary.mkdir(parents=True)
+        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         for name, text in _texts(model.config, model.wte.num_embeddings, tokenizer).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        os.chmod(temporary, 0o755)
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise PicogptError(f"cannot export to {folder}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _texts(config: GPT2Config, vocab_size: int, tokenizer: GPT2Tokenizer) -> dict[str, str]:
     """The text files of the folder by name."""
-    model: dict[str, Any] = {
+    model = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
+        **config.model_dump(include={"n_layer", "n_head", "n_embd"}),
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
         "vocab_size": vocab_size,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
+        **{f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")},
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.end_of_text,
         "eos_token_id": tokenizer.end_of_text,
         "torch_dtype": "float32",
     }
-    words: dict[str, Any] = {
+    words = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": config.block_size,
         "add_prefix_space": False,
         **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")},
     }
-    vocabulary = {_written(token): rank for token, rank in tokenizer.ranks.items()}
-    vocabulary[END_OF_TEXT] = len(tokenizer.ranks)
+    vocabulary = {_written(token): rank for token, rank in tokenizer.ranks.items()} | {
+        END_OF_TEXT: tokenizer.end_of_text
+    }
     return {
         "config.json": json.dumps(model, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(words, indent=2) + "\n",

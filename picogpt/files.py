@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,24 +23,21 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     Raises PicogptError, naming `path`, when the disk is full or the folder cannot be written.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         raise PicogptError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def place(source: Path, target: Path) -> None:
@@ -67,9 +64,8 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise PicogptError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise PicogptError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
-        ) from error
+        wrong = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise PicogptError(f"{path} is not UTF-8 text: {wrong}") from error
 
 
 def sha256_file(path: str | Path) -> str:
@@ -88,25 +84,16 @@ def exclusive_lock(folder: str | Path, what: str, name: str = ".lock") -> Iterat
     """
     from filelock import FileLock, Timeout
 
+    lock = FileLock(Path(folder) / name)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(folder) / name)
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout as error:
         raise PicogptError(f"another process is {what} in {folder}: wait for it, or use another folder") from error
     except OSError as error:
         raise PicogptError(f"cannot write in {folder}: {error.strerror or error}") from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
-
-
-def _umask() -> int:
-    # os.umask can only be read by setting it; mkstemp's 0600 would hide results from a group.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

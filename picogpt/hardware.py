@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,19 +56,20 @@ def nvidia_gpus() -> tuple[str, ...]:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
-    gpus = [line.partition(",") for line in answer.stdout.splitlines() if line.strip()]
+    gpus = [line.strip().split(", ", 1) for line in answer.stdout.splitlines() if ", " in line]
     if visible is None:
-        return tuple(name.strip() for _, _, name in gpus)
+        return tuple(name for _, name in gpus)
     shown: list[str] = []
-    for entry in (entry.strip() for entry in visible.split(",")):
-        if entry.isdigit() and int(entry) < len(gpus):
-            shown.append(gpus[int(entry)][2].strip())
-        elif entry.startswith("MIG-"):
-            shown.append("a slice of an NVIDIA GPU")
-        elif entry.startswith("GPU-") and (found := [name for uuid, _, name in gpus if uuid.startswith(entry)]):
-            shown.append(found[0].strip())
-        else:  # like CUDA, ignore everything after the first invalid entry
+    for entry in map(str.strip, visible.split(",")):
+        if entry.startswith("MIG-"):
+            found = ["a slice of an NVIDIA GPU"]
+        elif entry.startswith("GPU-"):
+            found = [name for uuid, name in gpus if uuid.startswith(entry)]
+        else:
+            found = [name for index, (_, name) in enumerate(gpus) if str(index) == entry]
+        if not found:  # like CUDA, ignore everything after the first invalid entry
             break
+        shown.append(found[0])
     return tuple(shown)
 
 
@@ -77,35 +78,29 @@ def select(device: str = "auto", dtype: str = "auto") -> Device:
 
     Raises UsageError when a device is asked for that is not here.
     """
-    if device == "cpu":  # known without torch, which takes seconds to load
-        return _cpu(dtype)
-    import torch
+    if device != "cpu":  # a CPU is known without torch, which takes seconds to load
+        import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise UsageError(f"there is no device {device!r}: auto, cpu, cuda, cuda:N and mps are understood")
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
+    device_type, _, index = device.partition(":")
+    if device_type == "cpu":
+        name, fast = cpu_name(), cpu_multiplies_bfloat16()
+    elif device_type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UsageError("device 'mps' was asked for and is not here; --device cpu works")
+        name, fast = f"Apple {platform.machine()}", False
+    else:
         count = torch.cuda.device_count()
         if int(index or 0) >= count:
             raise UsageError(f"device {device!r} was asked for and {count} CUDA devices are here; --device cpu works")
         device = f"cuda:{index or 0}"
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        name = torch.cuda.get_device_name(device)
-    elif kind == "mps":
-        if not torch.backends.mps.is_available():
-            raise UsageError("device 'mps' was asked for and is not here; --device cpu works")
-        fast, name = False, f"Apple {platform.machine()}"
-    else:
-        return _cpu(dtype)
-    chosen = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
-    return Device(name=name, torch_name=device, dtype=chosen)
-
-
-def _cpu(dtype: str) -> Device:
-    chosen = ("bfloat16" if cpu_multiplies_bfloat16() else "float32") if dtype == "auto" else dtype
-    return Device(name=cpu_name(), torch_name="cpu", dtype=chosen)
+        name, fast = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device) >= (8, 0)
+    if dtype == "auto":
+        dtype = "bfloat16" if fast else "float32"
+    return Device(name=name, torch_name=device, dtype=dtype)
 
 
 # Dense bfloat16 FLOP/s with float32 accumulation, from NVIDIA's data sheets. Exact device names, so that MIG slices do not
@@ -125,9 +120,7 @@ PEAK_FLOPS = {
 
 def peak_flops(device: Device) -> float | None:
     """Peak bfloat16 FLOP/s of a device from its data sheet; None if unknown, or if it computes in float32."""
-    if device.dtype != "bfloat16":
-        return None
-    return PEAK_FLOPS.get(device.name)
+    return PEAK_FLOPS.get(device.name) if device.dtype == "bfloat16" else None
 
 
 def mfu(device: Device, tokens_per_second: float, flops_per_token: int | None) -> float | None:
@@ -178,19 +171,15 @@ def keep_memory(device: Device) -> None:
     """Make glibc's malloc keep freed memory, so that a training step on a CPU reuses it.
 
     Otherwise every large buffer is new memory, whose pages Linux clears at the first access: a tenth of the time of a
-    training step of GPT-2. Does nothing without glibc.
+    training step of GPT-2. Does nothing on other devices and without glibc.
     """
-    if device.type != "cpu":
-        return
     import ctypes
 
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(m_mmap_max, 0)  # never allocate a buffer by mmap,
-    mallopt(m_trim_threshold, -1)  # and never return freed memory to the system
+    if device.type == "cpu":
+        with suppress(OSError, AttributeError, TypeError):  # without glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: never allocate a buffer by mmap,
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never return freed memory to the system
 
 
 def attention(device: Device) -> AbstractContextManager:
@@ -204,12 +193,7 @@ def attention(device: Device) -> AbstractContextManager:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
 
 
@@ -217,36 +201,36 @@ def torch_dtype(device: Device) -> torch.dtype:
     """The torch dtype of `device.dtype`."""
     import torch
 
-    return torch.bfloat16 if device.dtype == "bfloat16" else torch.float32
+    return getattr(torch, device.dtype)
 
 
 def cpu_count() -> int:
     """Cores that this process may use; in a container or a batch job fewer than the machine has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     # Cores of the SLURM job per node, as "8" or "8(x2),4": without cgroups nothing else limits the job.
-    counts = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
-    cores = max(1, min([cores, *map(int, counts)]))
-    try:  # a container's share of the CPU, as "200000 100000" microseconds
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
+    limits += map(int, re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")))
+    # A container's share of the CPU, as "200000 100000" microseconds.
+    if share := re.match(r"(\d+) (\d+)", _read("/sys/fs/cgroup/cpu.max")):
+        limits.append(int(share[1]) // int(share[2]))
+    return max(1, min(limits))
+
+
+def _read(path: str) -> str:
+    """The content of a file of the operating system; empty where it has none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 @cache
 def _cpu_info() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    first = text.split("\n\n")[0]
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    return dict(re.findall(r"(.+?)\s*: ?(.*)", _read("/proc/cpuinfo").split("\n\n")[0]))
 
 
 def cpu_flags() -> frozenset[str]:
     """Instruction sets of the CPU as Linux lists them; empty elsewhere."""
-    info = _cpu_info()
-    return frozenset(info.get("flags", info.get("Features", "")).split())
+    return frozenset(_cpu_info().get("flags", _cpu_info().get("Features", "")).split())
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -254,9 +238,9 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
 
 
-def multiplies_bfloat16(kind: str) -> bool:
-    """Whether products of bfloat16 are fast on a device of this kind: on all but some CPUs."""
-    return kind != "cpu" or cpu_multiplies_bfloat16()
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Whether products of bfloat16 are fast on a device of this type: they are on all but some CPUs."""
+    return device_type != "cpu" or cpu_multiplies_bfloat16()
 
 
 def cpu_name() -> str:
@@ -283,14 +267,11 @@ def memory_bytes() -> int:
 
 def driver_version() -> str | None:
     """Version of the NVIDIA driver, or None without one."""
-    try:
-        return Path("/sys/module/nvidia/version").read_text().strip()
-    except OSError:
-        return None
+    return _read("/sys/module/nvidia/version").strip() or None
 
 
 def cudnn_version() -> int | None:
     """Version of cuDNN that torch uses, or None without it."""
     import torch
 
-    return torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    return torch.backends.cudnn.version()

@@ -13,6 +13,8 @@ from picogpt import hardware
 from picogpt.config import RUNGS, MachineConfig, config_folder, parse, read_yaml
 from picogpt.errors import UsageError
 
+SUFFIXES = (".yaml", ".yml")
+
 
 def names() -> list[str]:
     """Names of the shipped files, in order."""
@@ -25,87 +27,73 @@ def load(name: str) -> MachineConfig:
     Raises UsageError when there is none of this name, or when the file is wrong.
     """
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in SUFFIXES:
         if name not in names():
             close = difflib.get_close_matches(name, names(), n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UsageError(
-                f"there is no hardware {name!r}{hint}: {', '.join(names())} are in config/hardware/;"
-                " picogpt hardware prints a draft for this machine"
-            )
+            there = f"{', '.join(names())} are in config/hardware/; picogpt hardware prints a draft for this machine"
+            raise UsageError(f"there is no hardware {name!r}{hint}: {there}")
         path = config_folder() / "hardware" / f"{name}.yaml"
     return parse(MachineConfig, read_yaml(path), str(path))
 
 
 def name_of(name: str) -> str:
     """The name of a machine for records and files: of `load`'s argument, without folder and suffix."""
-    return Path(name).stem if Path(name).suffix in (".yaml", ".yml") else name
+    return Path(name).stem if Path(name).suffix in SUFFIXES else name
 
 
 def here() -> tuple[str, list[str]]:
-    """(kind, names) of the devices for training: the GPUs that torch can use, or else the CPU."""
+    """(device type, names) of the devices for training: the GPUs that torch can use, or else the CPU."""
     gpus = hardware.nvidia_gpus()
     return ("cuda", list(gpus)) if gpus and hardware.size_of_machine() == "gpu" else ("cpu", [hardware.cpu_name()])
 
 
 def fitting() -> list[str]:
     """Names of the shipped machines that this one can measure: same device, and enough of them in one machine."""
-    kind, devices = here()
-    machines = {name: load(name) for name in names()}
-    return [
-        name
-        for name, machine in machines.items()
-        if machine.kind == kind
-        and machine.nodes == 1
-        and machine.ranks <= len(devices)
-        and all(re.fullmatch(machine.device, device) for device in devices[: machine.ranks])
-    ]
+    device_type, devices = here()
+
+    def fits(machine: MachineConfig) -> bool:
+        enough = machine.nodes == 1 and machine.ranks <= len(devices)
+        used = devices[: machine.ranks]
+        return enough and machine.kind == device_type and all(re.fullmatch(machine.device, name) for name in used)
+
+    return [name for name in names() if fits(load(name))]
 
 
 def require(name: str, machine: MachineConfig, device: hardware.Device, world_size: int) -> None:
     """Raises UsageError, naming both devices, when a benchmark for `machine` is run on a different one."""
     if device.type != machine.kind or not re.fullmatch(machine.device, device.name):
-        fits = ", ".join(fitting()) or "none; picogpt hardware prints a draft"
+        on_slurm = "; on a cluster, gpu_model in the profile asks for the right GPUs"
         raise UsageError(
             f"hardware {name} is {machine.title} ({machine.kind}, {machine.device}), and this device is {device.name}"
-            f" ({device.type}): its numbers would be listed under a wrong name. Hardware that fits here: {fits}"
-            + (
-                "; on a cluster, gpu_model in the profile asks for the right GPUs"
-                if "SLURM_JOB_ID" in os.environ
-                else ""
-            )
+            f" ({device.type}): its numbers would be listed under a wrong name. Hardware that fits here:"
+            f" {', '.join(fitting()) or 'none; picogpt hardware prints a draft'}"
+            f"{on_slurm if 'SLURM_JOB_ID' in os.environ else ''}"
         )
     if world_size != machine.world_size:
-        launch = (
-            f"torchrun --standalone --nproc_per_node={machine.ranks} -m picogpt" if machine.ranks > 1 else "picogpt"
-        )
+        torchrun = f"torchrun --standalone --nproc_per_node={machine.ranks} -m "
         raise UsageError(
-            f"hardware {name} has {machine.world_size} ranks and {world_size} started: run it by {launch} ..."
-            + (f" on each of {machine.nodes} nodes" if machine.nodes > 1 else "")
+            f"hardware {name} has {machine.world_size} ranks and {world_size} started: run it by"
+            f" {torchrun if machine.ranks > 1 else ''}picogpt ..."
+            f"{f' on each of {machine.nodes} nodes' if machine.nodes > 1 else ''}"
         )
 
 
 def draft() -> str:
     """A draft of a file for this machine, as YAML."""
-    kind, devices = here()
-    rungs = [
-        rung
-        for rung in RUNGS
-        if rung not in (("tf32", "cuda_graphs", "max_autotune") if kind == "cpu" else ("kept_memory",))
-    ]
+    device_type, devices = here()
+    on_cpu, count = device_type == "cpu", len(devices)
+    left_out = ("tf32", "cuda_graphs", "max_autotune") if on_cpu else ("kept_memory",)
     tree = {
         "title": re.sub(r"^NVIDIA (GeForce )?", "", devices[0]),
         "device": re.escape(devices[0]).replace(r"\ ", " ").replace(r"\-", "-"),
-        "kind": kind,
-        "ranks": len(devices) if kind == "cuda" else 1,
-        "batch_size": 2 if kind == "cpu" else 8 * len(devices),
-        "micro_batch_size": 2 if kind == "cpu" else 8,
-        "warmup_steps": 1 if kind == "cpu" else 5,
-        "steps": 5 if kind == "cpu" else 20,
-        "rungs": rungs,
+        "kind": device_type,
+        "ranks": count,
+        "batch_size": 2 if on_cpu else 8 * count,
+        "micro_batch_size": 2 if on_cpu else 8,
+        "warmup_steps": 1 if on_cpu else 5,
+        "steps": 5 if on_cpu else 20,
+        "rungs": [rung for rung in RUNGS if rung not in left_out],
     }
-    comment = (
-        f"# A draft for {len(devices)} x {devices[0]}: save it as config/hardware/NAME.yaml, and raise micro_batch_size"
-        " as far as the memory allows.\n"
-    )
-    return comment + yaml.safe_dump(tree, sort_keys=False, width=120)
+    comment = f"# A draft for {count} x {devices[0]}: save it as config/hardware/NAME.yaml, and raise micro_batch_size"
+    return f"{comment} as far as the memory allows.\n{yaml.safe_dump(tree, sort_keys=False, width=120)}"

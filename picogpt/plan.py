@@ -12,14 +12,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from picogpt import hardware, hub, machines
+from picogpt import hardware, machines
 from picogpt.config import Settings, load_experiment, model_file, parse, read_yaml
+from picogpt.data.fetch import Answer, endpoint, read_status
 from picogpt.errors import UsageError
 
 RESOURCES = Path("resources")
 CPUS_PER_RANK = 8
 """CPU cores that a cluster gives to a rank, beside its device."""
-GPT2_TOKENS = Path("weights/gpt2_tokenizer")
+
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Part(Settings):
@@ -29,21 +31,21 @@ class Part(Settings):
 
 
 class ModelPart(Part):
-    config: str = "auto"
+    config: Name = "auto"
     set: list[str] = Field([])
 
 
 class LadderPart(Part):
-    hardware: Literal["auto"] | list[str] = "auto"
+    hardware: Literal["auto"] | list[Name] = "auto"
 
 
 class Configuration(Part):
     """The keys of `config/config.yaml` that affect the plan; `config/config.schema.yaml` documents them."""
 
-    corpus: Annotated[list[str], Field(min_length=1)] | str
+    corpus: Annotated[list[Name], Field(min_length=1)] | Name
     run: str = Field("pipeline", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     size: Literal["auto", "cpu", "gpu"] = "auto"
-    gpus: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    gpus: Literal["auto"] | Annotated[int, Field(ge=1, strict=True)] = "auto"
     gpu_model: str | dict[str, str] = ""
     char_bigram: ModelPart = ModelPart()
     char_transformer: ModelPart = ModelPart()
@@ -51,26 +53,19 @@ class Configuration(Part):
     ladder: LadderPart = LadderPart()
 
 
-class Resources(Settings):
-    """Resources that a job requests from a cluster; None: not requested."""
+class Job(Settings):
+    """How the processes of a job are started: one rank for each device."""
 
-    nodes: int
-    gpu: int
-    gpu_model: str | None
-    tasks: int | None
-    tasks_per_gpu: int = 0  # otherwise the plugin for SLURM would start a task for each GPU
-    mpi: str | None
-    cpus_per_task: int
+    launch: str = Field(description="the start of its shell command")
+    ranks: int = Field(description="processes on one node")
+    resources: dict[str, Any] = Field(description="what it requests from a cluster; null: not requested")
 
 
 class TrainingPlan(Settings):
-    """How a model is trained."""
+    """What decides the weights of a training."""
 
-    launch: str = Field(description="the start of the shell command, with one process for each rank")
     file: list[str] = Field(description="options of picogpt train that name the settings file")
     settings: str = Field(description="settings that determine the weights, as JSON: the file without its `runtime`")
-    ranks: int = Field(description="processes on one node")
-    resources: Resources
 
 
 class RungPlan(Settings):
@@ -78,19 +73,16 @@ class RungPlan(Settings):
 
     before: list[str] = Field(description="the rung before it, if there is one")
     settings: str = Field(
-        description="settings that determine its record, as JSON: the machine's file, and the rungs up to it"
+        description="what determines its record, as JSON: the machine's file, with the rungs up to it"
     )
 
 
-class MachinePlan(Settings):
-    """A machine of `config/hardware/`, or a file of the user's own."""
+class MachinePlan(Job):
+    """A machine of `config/hardware/`, or a file of the user's own, and the jobs on all of its ranks."""
 
     argument: str = Field(description="its name or path on the command line")
     settings: str = Field(description="its file, as JSON")
     ladder: dict[str, RungPlan]
-    launch: str = Field(description="the start of a shell command that runs on all its ranks")
-    ranks: int = Field(description="processes on one node")
-    resources: Resources
     training: TrainingPlan | None = Field(description="the long training on FineWeb-Edu that its file names")
 
 
@@ -98,25 +90,18 @@ class Plan(Settings):
     """The answer of `picogpt plan`."""
 
     text: str = Field(description="path of the text that everything is trained on")
-    corpus: str = Field(
-        description="name of the requested text in file names; if another had to replace it, the files say so"
-    )
-    detected: list[str] = Field(
-        description="keys with the value `auto`, which were resolved by looking at this machine"
-    )
+    corpus: str = Field(description="name of that text in file names; if another replaces it, the files say so")
+    detected: list[str] = Field(description="keys with the value `auto`, resolved by looking at this machine")
     fast_dtype: str = Field(description="dtype of the benchmark of many streams")
-    resources: Resources = Field(description="resources of a job on a single device")
+    resources: dict[str, Any] = Field(description="resources of a job on a single device")
     models: dict[str, TrainingPlan]
+    gpt2: Job = Field(description="the training of GPT-2, on all devices")
     ladder_model: str = Field(description="settings of the model whose training step is measured, as JSON")
     machines: dict[str, MachinePlan]
-    measured_rungs: list[str] = Field(
-        description="rungs of training ladders that are measured here: ladder/MACHINE/RUNG"
-    )
+    measured_rungs: list[str] = Field(description="rungs of ladders that are measured here: ladder/MACHINE/RUNG")
     long_trainings: list[str] = Field(description="machines that are measured here and have a long training")
     from_hub: list[str] = Field(description="files that a fetch rule asks the hub for")
-    hub_attempt: int = Field(
-        description="number of the last attempt to ask the hub, plus one if it should be asked again"
-    )
+    hub_attempt: int = Field(description="number of the last attempt to ask the hub, plus one if it is asked again")
 
 
 def make(tree: dict[str, Any], source: str) -> Plan:
@@ -127,43 +112,33 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     asked = parse(Configuration, tree, source)
     text, corpus = _text(asked.corpus)
     size = hardware.size_of_machine() if asked.size == "auto" else asked.size
-    gpus = (len(hardware.nvidia_gpus()) if asked.gpus == "auto" else asked.gpus) if size == "gpu" else 0
-    gpu_model = _gpu_model(asked.gpu_model, "default")
-    models = {}
-    for name, part in {
-        "char_bigram": asked.char_bigram,
-        "char_transformer": asked.char_transformer,
-        "gpt2": asked.gpt2,
-    }.items():
+    models, batch_sizes = {}, {}
+    for name in ("char_bigram", "char_transformer", "gpt2"):
+        part: ModelPart = getattr(asked, name)
         file = model_file(name, size) if part.config == "auto" else model_file(part.config)
-        batch = load_experiment(file, part.set).train.batch_size
-        ranks = _ranks(gpus, asked, batch) if name == "gpt2" else 1
-        models[name] = TrainingPlan(
-            launch=launch(ranks),
-            file=[f"--size={size}" if part.config == "auto" else f"--config={part.config}"],
-            settings=_deciding(file),
-            ranks=ranks,
-            resources=_resources(1, ranks, size == "gpu", gpu_model),
-        )
+        batch_sizes[name] = load_experiment(file, part.set).train.batch_size
+        option = f"--size={size}" if part.config == "auto" else f"--config={part.config}"
+        models[name] = TrainingPlan(file=[option], settings=_deciding(file))
+    gpu_model = _gpu_model(asked.gpu_model, "default")
+    gpt2 = _job(1, _ranks(asked, size, batch_sizes["gpt2"]), size == "gpu", gpu_model)
     arguments = machines.fitting() if asked.ladder.hardware == "auto" else asked.ladder.hardware
     measured = {machines.name_of(argument): argument for argument in arguments}
-    known = {
-        name: _machine(name, measured.get(name, name), asked.gpu_model)
-        for name in sorted({*machines.names(), *measured})
-    }
+    listed = sorted({*machines.names(), *measured})
+    known = {name: _machine(name, measured.get(name, name), asked.gpu_model) for name in listed}
     from_hub = ["pretrained"]
-    joined = GPT2_TOKENS / asked.run / "fineweb-edu/manifest.json"
+    fineweb = Path("weights/gpt2_tokenizer") / asked.run / "fineweb-edu/manifest.json"
     long_trainings = [name for name in measured if known[name].training]
-    if long_trainings and not joined.exists():
+    if long_trainings and not fineweb.exists():
         from_hub.append("fineweb-edu/0")
-    here = {"size": asked.size, "gpus": asked.gpus, "ladder: hardware": asked.ladder.hardware}
+    resolvable = {"size": asked.size, "gpus": asked.gpus, "ladder: hardware": asked.ladder.hardware}
     return Plan(
         text=text,
         corpus=corpus,
-        detected=[key for key, value in here.items() if value == "auto"],
+        detected=[key for key, value in resolvable.items() if value == "auto"],
         fast_dtype=_fast_dtype(size),
-        resources=_resources(1, 1, size == "gpu", gpu_model),
+        resources=_job(1, 1, size == "gpu", gpu_model).resources,
         models=models,
+        gpt2=gpt2,
         ladder_model=json.dumps(read_yaml(model_file("gpt2"))["model"], sort_keys=True),
         machines=known,
         measured_rungs=[f"ladder/{name}/{rung}" for name in measured for rung in known[name].ladder],
@@ -207,12 +182,15 @@ def _deciding(file: str | Path) -> str:
     return json.dumps({key: value for key, value in read_yaml(file).items() if key != "runtime"}, sort_keys=True)
 
 
-def _ranks(gpus: int, asked: Configuration, batch: int) -> int:
+def _ranks(asked: Configuration, size: str, batch_size: int) -> int:
     """The largest number of available GPUs that divides the batch of GPT-2's training, or the configured number."""
-    fitting = [ranks for ranks in range(1, min(gpus, batch) + 1) if batch % ranks == 0]
-    if asked.gpus != "auto" and gpus and gpus not in fitting:
+    if size == "cpu":
+        return 1
+    gpus = len(hardware.nvidia_gpus()) if asked.gpus == "auto" else asked.gpus
+    fitting = [ranks for ranks in range(1, min(gpus, batch_size) + 1) if batch_size % ranks == 0]
+    if asked.gpus != "auto" and gpus not in fitting:
         raise UsageError(
-            f"gpus: {gpus} must divide train.batch_size of gpt2, which is {batch}:"
+            f"gpus: {gpus} must divide train.batch_size of gpt2, which is {batch_size}:"
             f" use {', '.join(map(str, fitting))}, or change train.batch_size"
         )
     return max(fitting, default=1)
@@ -230,61 +208,54 @@ def _gpu_model(names: str | dict[str, str], machine: str) -> str | None:
     return (names.get(machine) if isinstance(names, dict) else names) or None
 
 
-def _resources(nodes: int, ranks: int, on_gpu: bool, gpu_model: str | None) -> Resources:
+def _job(nodes: int, ranks: int, on_gpu: bool, gpu_model: str | None) -> Job:
     """Each node runs one task, which starts its ranks; on several nodes srun starts the tasks."""
-    return Resources(
-        nodes=nodes,
-        gpu=nodes * ranks if on_gpu else 0,
-        gpu_model=gpu_model if on_gpu else None,
-        tasks=nodes if nodes > 1 else None,
-        mpi="srun" if nodes > 1 else None,
-        cpus_per_task=CPUS_PER_RANK * ranks,
-    )
+    resources = {
+        "nodes": nodes,
+        "gpu": nodes * ranks if on_gpu else 0,
+        "gpu_model": gpu_model if on_gpu else None,
+        "tasks": nodes if nodes > 1 else None,
+        "tasks_per_gpu": 0,  # otherwise the plugin for SLURM would start a task for each GPU
+        "mpi": "srun" if nodes > 1 else None,
+        "cpus_per_task": CPUS_PER_RANK * ranks,
+    }
+    return Job(launch=launch(ranks, nodes), ranks=ranks, resources=resources)
 
 
 def _machine(name: str, argument: str, gpu_models: str | dict[str, str]) -> MachinePlan:
     machine = machines.load(argument)
     tree = machine.model_dump(mode="json")
-    rungs = list(machine.rungs)
     deciding = {key: value for key, value in tree.items() if key not in ("title", "training")}
-    start = launch(machine.ranks, machine.nodes)
-    resources = _resources(machine.nodes, machine.ranks, machine.kind == "cuda", _gpu_model(gpu_models, name))
-    batch = {key: tree[key] for key in ("device", "batch_size", "block_size")}
+    training = None
+    if machine.training:
+        batch = json.dumps({key: tree[key] for key in ("device", "batch_size", "block_size")})
+        settings = f"{_deciding(model_file(machine.training))} {batch}"
+        training = TrainingPlan(file=[f"--config={machine.training}"], settings=settings)
     return MachinePlan(
+        **dict(_job(machine.nodes, machine.ranks, machine.kind == "cuda", _gpu_model(gpu_models, name))),
         argument=argument,
         settings=json.dumps(tree, sort_keys=True),
         ladder={
             rung: RungPlan(
-                before=rungs[max(0, index - 1) : index],
-                settings=json.dumps({**deciding, "rungs": rungs[: index + 1]}, sort_keys=True),
+                before=machine.rungs[max(0, index - 1) : index],
+                settings=json.dumps({**deciding, "rungs": machine.rungs[: index + 1]}, sort_keys=True),
             )
-            for index, rung in enumerate(rungs)
+            for index, rung in enumerate(machine.rungs)
         },
-        launch=start,
-        ranks=machine.ranks,
-        resources=resources,
-        training=TrainingPlan(
-            launch=start,
-            file=[f"--config={machine.training}"],
-            settings=f"{_deciding(model_file(machine.training))} {json.dumps(batch)}",
-            ranks=machine.ranks,
-            resources=resources,
-        )
-        if machine.training
-        else None,
+        training=training,
     )
 
 
 def _hub_attempt(names: list[str]) -> int:
     """The number of the last attempt, plus one unless each file is here or was refused by this hub."""
-    status = hub.read_status(RESOURCES / "hub.json")
+    status = read_status(RESOURCES / "hub.json")
     if status is None:
         return 1
-    answers = [status.files.get(name, hub.Answer(state="unreachable")) for name in names]
+    answers = [status.files.get(name, Answer(state="unreachable")) for name in names]
     settled = all(
         Path(str(answer.path)).exists()
         if answer.state == "here"
-        else answer.state == "refused" and status.endpoint == hub.endpoint()
+        else answer.state == "refused" and status.endpoint == endpoint()
         for answer in answers
     )
     return status.attempt + (not settled)

@@ -6,8 +6,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Self
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,17 +16,16 @@ LINE_INTERVAL_S = 10.0
 
 def _bar(name: str, total: int, unit: str, **options: Any) -> tqdm:
     columns, rows = shutil.get_terminal_size()  # 80 x 24 for a terminal of unknown size, where tqdm would show nothing
-    # disable=None: no bar where stderr is no terminal.
-    options = {"disable": None, "ncols": columns, "nrows": rows, "file": sys.stderr, **options}
-    return tqdm(desc=name, total=total, unit=unit, **options)
+    options = {"disable": None, **options}  # None: no bar where stderr is no terminal
+    return tqdm(desc=name, total=total, unit=unit, ncols=columns, nrows=rows, file=sys.stderr, **options)
 
 
 @contextmanager
-def transfer(name: str, total: int, start: int = 0) -> Iterator[Callable[[int], object]]:
-    """Show a transfer of `total` bytes, of which `start` are here; yields a function that takes the bytes received."""
-    with _bar(name, total, "B", initial=start, unit_scale=True, unit_divisor=1024) as bar:
+def transfer(name: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show a transfer of `total` bytes; yields a function that takes the bytes received."""
+    with _bar(name, total, "B", unit_scale=True, unit_divisor=1024) as bar:
         if bar.disable:
-            print(f"fetching {name}: {total:,} bytes" + (f", {start:,} already here" if start else ""), file=sys.stderr)
+            print(f"fetching {name}: {total:,} bytes", file=sys.stderr)
         yield bar.update
 
 
@@ -37,18 +36,17 @@ def counting(name: str, total: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-class _Noted:
+class _Noted(AbstractContextManager):
     """A bar with a note behind it; without a terminal, a line with the same content every few seconds."""
 
-    def __init__(self, name: str, total: int, unit: str, completed: int = 0, shown: bool = True):
-        self.name, self.total, self.unit, self.shown = name, total, unit, shown
-        self._bar = _bar(name, total, f" {unit}", initial=completed, **({} if shown else {"disable": True}))
-        self._done = completed
+    unit: str
+
+    def __init__(self, name: str, total: int, completed: int = 0, shown: bool = True):
+        self.name, self.total, self.shown = name, total, shown
+        self._bar = _bar(name, total, f" {self.unit}", initial=completed, disable=None if shown else True)
+        self._began = time.monotonic()
         self._first: tuple[int, float] | None = None
         self._last_line = -LINE_INTERVAL_S
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
@@ -58,8 +56,7 @@ class _Noted:
         now = time.monotonic()
         first_done, first_time = self._first = self._first or (done, now)
         self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(done - self._done)
-        self._done = done
+        self._bar.update(done - self._bar.n)
         if not (self._bar.disable and self.shown) or (now - self._last_line < LINE_INTERVAL_S and done < self.total):
             return
         self._last_line = now
@@ -76,10 +73,8 @@ class _Noted:
 class Encoding(_Noted):
     """Documents that are tokenized, with tokens/s."""
 
-    def __init__(self, name: str, total: int):
-        super().__init__(name, total, "documents")
-        self.documents = self.tokens = 0
-        self._began = time.monotonic()
+    unit = "documents"
+    documents = tokens = 0
 
     def advance(self, documents: int, tokens: int) -> None:
         """Show that so many more documents, and tokens, are done."""
@@ -91,8 +86,7 @@ class Encoding(_Noted):
 class Training(_Noted):
     """Steps of a training, with loss and tokens/s. With `shown` false it is silent, for all ranks but one."""
 
-    def __init__(self, name: str, total_steps: int, start_step: int, shown: bool = True):
-        super().__init__(name, total_steps, "step", start_step, shown)
+    unit = "step"
 
     def update(self, step: int, loss: float, tokens_per_second: float, val_loss: float | None) -> None:
         """Show that `step` steps are done. `loss` in nats per token, `val_loss` the latest one."""

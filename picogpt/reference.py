@@ -1,18 +1,17 @@
 """Reference records: complete runs on one device, tracked in `results/reference/DEVICE/`, pictures in `media/reference/DEVICE/`.
 
-`SHA256SUMS` beside them tells an edited file; `sha256sum -c` reads it too.
+`SHA256SUMS` beside them, a file for `sha256sum -c`, shows whether a file was edited.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from picogpt import records
-from picogpt.data import assets, fineweb
+from picogpt.data import fetch, fineweb
 from picogpt.errors import PicogptError
 from picogpt.files import read_text, sha256_file, write_text
 
@@ -20,8 +19,8 @@ SUMS = "SHA256SUMS"
 CORPUS = "tinyshakespeare"
 RECORDS = ("results/records/**/*.json", "weights/*/{run}/record.json", "weights/gpt2/{run}/*/record.json")
 PAGES = ("results/summary.csv", "results/report.md")
-# Prefixes of the kinds of records that a complete run has.
-WHOLE = ("train char-bigram", "train char-transformer", "train gpt2", "ladder ", "evaluate gpt2 ", "sampling gpt2 ")
+WHOLE = ("train char-bigram", "train char-transformer", "train gpt2", "ladder", "evaluate gpt2", "sampling gpt2")
+"""How the names of the records begin that a complete run has."""
 
 
 def keep(root: Path, run: str) -> tuple[Path, Path]:
@@ -47,56 +46,55 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
         raise PicogptError(f"{root.resolve()} has no records of the run {run!r}: make report makes them")
     for path, record in found.items():
         require_good(path, record)
-    trained = [record["device"] for record in found.values() if record["kind"].startswith(("train ", "ladder "))]
-    names = {slug(device) for device in trained}
-    if len(names) != 1:
+    devices = {slug(record["device"]) for record in found.values() if record["task"] in ("train", "ladder")}
+    if len(devices) != 1:
         raise PicogptError(
-            f"records of one device make a reference, and these are of {', '.join(sorted(names)) or 'none'}"
+            f"records of one device make a reference, and these are of {', '.join(sorted(devices)) or 'none'}"
         )
-    (device,) = names
-    folders = root / "results/reference" / device, root / "media/reference" / device
-    kinds = [record["kind"] for record in found.values()]
-    lacking = [part.strip() for part in WHOLE if not any(kind.startswith(part) for kind in kinds)]
+    names = {path: str(records.key(record)) for path, record in found.items()}
+    lacking = [part for part in WHOLE if not any(f"{name} ".startswith(f"{part} ") for name in names.values())]
     lacking += [page for page in PAGES if not (root / page).exists()]
     if lacking:
         raise PicogptError(f"a reference is a whole run, and {root.resolve()} lacks {', '.join(lacking)}: make report")
+    device = devices.pop()
+    kept, pictures = root / "results/reference" / device, root / "media/reference" / device
     # An earlier copy is deleted once the new one is complete.
-    new = root / "results/.reference", root / "media/.reference"
-    for folder in new:
+    new_kept, new_pictures = kept.with_name(".new"), pictures.with_name(".new")
+    for folder in (new_kept, new_pictures):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    for path, record in found.items():
-        shutil.copyfile(path, new[0] / f"{record['kind'].replace(' ', '_')}.json")
+    for path, name in names.items():
+        shutil.copyfile(path, new_kept / f"{name.replace(' ', '_')}.json")
     for page in PAGES:
         text = read_text(root / page)
-        for name in sorted(set(re.findall(r"\]\(\.\./media/([^)]+)\)", text))):  # only pictures of this run
-            shutil.copyfile(root / "media" / name, new[1] / name)
-        write_text(new[0] / Path(page).name, text.replace("](../media/", f"](../../../media/reference/{device}/"))
-    for source, folder in zip(new, folders, strict=True):
-        _sum_up(source)
+        for picture in set(re.findall(r"\]\(\.\./media/([^)]+)\)", text)):  # only pictures of this run
+            shutil.copyfile(root / "media" / picture, new_pictures / picture)
+        write_text(new_kept / Path(page).name, text.replace("](../media/", f"](../../../media/reference/{device}/"))
+    for source, folder in ((new_kept, kept), (new_pictures, pictures)):
+        write_sums(source)
         shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         source.rename(folder)
-    return folders
+    return kept, pictures
+
+
+def write_sums(folder: Path) -> None:
+    """Write the hashes of all files in `folder`."""
+    write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in _hashes(folder).items()))
 
 
 def check(folder: Path) -> None:
     """Raises PicogptError naming a file in `folder` that was changed, added or deleted since it was kept."""
-    sums = folder / SUMS
-    lines = read_text(sums).splitlines() if sums.exists() else []
+    lines = read_text(folder / SUMS).splitlines() if (folder / SUMS).exists() else []
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for path in sorted(path for path in folder.iterdir() if path.name != SUMS):
-        if path.name not in expected:
-            raise PicogptError(f"{path} is not in {sums}: make reference writes both")
-        actual = sha256_file(path)
-        if actual != expected[path.name]:
+    actual = _hashes(folder)
+    for name in sorted(expected.keys() | actual.keys()):
+        ours, theirs = actual.get(name), expected.get(name)
+        if ours != theirs:
+            state = f"was edited: its sha256 is {ours}, and not {theirs}" if ours and theirs else "was added or deleted"
             raise PicogptError(
-                f"{path} was edited: its sha256 is {actual}, {sums} has {expected[path.name]}. Restore it (git checkout),"
-                " or measure again (make report, make reference)"
+                f"{folder / name} {state} as in {folder / SUMS}: restore it (git checkout), or measure again (make report,"
+                " make reference)"
             )
-    for name in expected:
-        if not (folder / name).exists():
-            raise PicogptError(f"{folder / name} is in {sums} and is not there: git checkout restores it")
 
 
 def slug(device: dict[str, Any]) -> str:
@@ -110,14 +108,13 @@ def require_good(path: Path, record: dict[str, Any]) -> None:
     if not record["commit"] or record["dirty"]:
         state = "with uncommitted changes" if record["commit"] else "at no commit"
         raise PicogptError(f"{path} was measured {state}: measure it again from a clean checkout")
-    if not record["device"].get("name") or not record["software"].get("torch"):
+    if not record["device"]["name"] or not record["software"].get("torch"):
         raise PicogptError(f"{path} does not say on which device or with which torch it was measured")
     corpus = record["corpus"]
-    distributed = record["kind"].startswith("train gpt2 ") and corpus.get("name") == fineweb.NAME
-    if corpus and not distributed and corpus["text_sha256"] != assets.find(CORPUS).sha256:
-        raise PicogptError(f"{path} was measured on {corpus['name']}: reference records stand on {CORPUS}")
+    distributed = record["task"] == "train" and record["machine"] and corpus.get("name") == fineweb.NAME
+    if corpus and not distributed and corpus.get("text_sha256") != fetch.find(CORPUS).sha256:
+        raise PicogptError(f"{path} was measured on {corpus.get('name')}: reference records stand on {CORPUS}")
 
 
-def _sum_up(folder: Path) -> None:
-    files: Iterable[Path] = sorted(folder.iterdir())
-    write_text(folder / SUMS, "".join(f"{sha256_file(path)}  {path.name}\n" for path in files))
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != SUMS}

@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import AwareDatetime
-
 from picogpt import records
-from picogpt.config import Settings, parse
 from picogpt.errors import PicogptError, UsageError
 
-EXECUTION = ("commit", "dirty", "ranks", "threads", "micro_batch_size", "compiled")
-
-
-class Run(Settings):
-    """One training. Values that an unfinished run does not have yet are None."""
-
-    folder: str
-    name: str
-    """RUN of weights/MODEL/RUN and of weights/gpt2/RUN/CORPUS."""
-    model: str
-    finished: bool
-    corpus: str | None = None
-    parameters: int | None = None
-    steps: int | None = None
-    """Steps done; of an unfinished run, those in its metrics."""
-    epochs: float | None = None
-    best_val_loss: float | None = None
-    """In nats per token."""
-    tokens_per_second: float | None = None
-    train_seconds: float | None = None
-    ranks: int | None = None
-    device: str | None = None
-    date: AwareDatetime
-    """Date of the record; of an unfinished run, of the last line of its metrics."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A value that differs between two records; None if a record has none."""
-
-    section: str
-    key: str
-    first: Any
-    second: Any
-
-    @property
-    def amount(self) -> float | None:
-        """By how much the second number is larger; None where they are not numbers."""
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in (self.first, self.second)):
-            return self.second - self.first
-        return None
+RESULTS = ("parameters", "steps", "epochs", "best_val_loss", "tokens_per_second", "train_seconds")
+SECTIONS = {
+    "config": "settings", "corpus": "corpus", "device": "device", "software": "software", "execution": "execution",
+    "results": "results",
+}  # fmt: skip
+"""Names in a comparison of the parts of a record, in order."""
+EXECUTION = ("machine", "commit", "dirty", "ranks", "threads", "micro_batch_size", "compiled")
 
 
 def folders(weights: Path, model: str | None = None) -> list[Path]:
@@ -65,15 +26,24 @@ def folders(weights: Path, model: str | None = None) -> list[Path]:
     return sorted({path.parent for pattern in marks for path in weights.glob(pattern)})
 
 
-def listed(weights: Path, model: str | None = None) -> tuple[list[Run], list[PicogptError]]:
-    """All trainings in `weights`, newest first, and the errors of records that cannot be read."""
+def listed(weights: Path, model: str | None = None) -> tuple[list[dict[str, Any]], list[PicogptError]]:
+    """All trainings in `weights`, newest first, and the errors of records that cannot be read.
+
+    folder, name (RUN of weights/MODEL/RUN), model, finished, corpus, device, ranks; parameters, steps done, epochs,
+    best_val_loss in nats per token, tokens_per_second, train_seconds; date of the record, of an unfinished run of the
+    last line of its metrics, in UTC. Values that an unfinished run does not have yet are None.
+    """
     runs, damaged = [], []
     for folder in folders(weights, model):
         try:
-            runs.append(_finished(folder, weights) if (folder / "record.json").exists() else _begun(folder, weights))
+            finished = (folder / "record.json").exists()
+            name = folder.relative_to(weights).parts[1]
+            values = _finished(folder) if finished else _begun(folder, weights)
+            date = values.pop("date").astimezone(UTC).isoformat(timespec="seconds")
+            runs.append({"folder": str(folder), "name": name, "finished": finished, **values, "date": date})
         except PicogptError as error:
             damaged.append(error)
-    return sorted(runs, key=lambda run: run.date, reverse=True), damaged
+    return sorted(runs, key=lambda run: run["date"], reverse=True), damaged
 
 
 def find(name: str, weights: Path) -> Path:
@@ -83,36 +53,37 @@ def find(name: str, weights: Path) -> Path:
     """
     if any((Path(name) / mark).exists() for mark in ("record.json", "checkpoints")):
         return Path(name)
-    here = folders(weights)
-    if not here:
+    runs = {folder.relative_to(weights).parts: folder for folder in folders(weights)}
+    if not runs:
         raise UsageError(f"no training is in {weights}/: picogpt train makes one")
-    found = [folder for folder in here if _is_called(name, folder.relative_to(weights).parts)]
+    wanted = Path(name).parts
+    # A name of one part is RUN; a longer one may begin with MODEL.
+    starts = (1,) if len(wanted) == 1 else (0, 1)
+    found = [parts for parts in runs if any(parts[start : start + len(wanted)] == wanted for start in starts)]
     if len(found) == 1:
-        return found[0]
-    names = ", ".join(str(folder.relative_to(weights)) for folder in found or here)
+        return runs[found[0]]
+    names = ", ".join("/".join(parts) for parts in found or runs)
     raise UsageError(
         f"several runs are called {name}: {names}" if found else f"no run is called {name}; there are: {names}"
     )
 
 
-def differences(first: Path, second: Path) -> list[Difference]:
-    """All differences between the records of two trainings, except for their date.
+def differences(first: Path, second: Path) -> list[tuple[str, str, Any, Any]]:
+    """All differences between the records of two trainings, except for their date: (section, key, first, second).
 
-    Raises PicogptError when one is not finished, or its record cannot be read.
+    A value that a record does not have is None. Raises PicogptError when a run is not finished, or its record cannot be read.
     """
-    left, right = (_sections(_record(folder)) for folder in (first, second))
-    return [
-        Difference(section, key, values.get(key), right[section].get(key))
-        for section, values in left.items()
-        for key in {**values, **right[section]}
-        if values.get(key) != right[section].get(key)
-    ]
+    import pandas as pd
 
-
-def _is_called(name: str, parts: tuple[str, ...]) -> bool:
-    """Whether `name` is RUN, RUN/CORPUS, MODEL/RUN or MODEL/RUN/CORPUS of a folder with these parts."""
-    wanted = Path(name).parts
-    return parts[1 : 1 + len(wanted)] == wanted or (len(wanted) > 1 and parts[: len(wanted)] == wanted)
+    # Without astype, the numbers would be those of numpy.
+    one, two = (pd.json_normalize(_record(folder)).astype(object).iloc[0].to_dict() for folder in (first, second))
+    found = []
+    for path in {**one, **two}:
+        section, _, key = (f"execution.{path}" if path in EXECUTION else path).partition(".")
+        if section in SECTIONS and one.get(path) != two.get(path):
+            found.append((section, key, one.get(path), two.get(path)))
+    found.sort(key=lambda difference: list(SECTIONS).index(difference[0]))
+    return [(SECTIONS[section], *values) for section, *values in found]
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -120,87 +91,43 @@ def _record(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise PicogptError(f"{folder} is not finished: there is no {path.name} to compare")
     record = records.read(path)
-    if not str(record["kind"]).startswith("train "):
-        raise PicogptError(f"{path} is the record of {record['kind']!r}, not of a training")
+    if record["task"] != "train":
+        raise PicogptError(f"{path} is the record of {records.key(record)}, not of a training")
     return record
 
 
-def _sections(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The record as flat groups of values."""
-    return {
-        "settings": dict(_flat(record["config"])),
-        "corpus": dict(_flat(record["corpus"])),
-        "device": dict(_flat(record["device"])),
-        "software": dict(_flat(record["software"])),
-        "execution": {key: record.get(key) for key in EXECUTION},
-        "results": dict(_flat(record["results"])),
-    }
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a tree with their keys joined by dots, as --set takes them."""
-    if not isinstance(tree, dict):
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from _flat(value, f"{prefix}.{key}" if prefix else key)
-
-
-def _finished(folder: Path, weights: Path) -> Run:
-    """Raises PicogptError when the record cannot be read, or lacks a number."""
+def _finished(folder: Path) -> dict[str, Any]:
+    """The values of a run with a record. Raises PicogptError when it cannot be read, or lacks a number."""
     record = _record(folder)
-    values = {key: dict(_flat(record[key])) for key in ("results", "config", "corpus", "device")}
-    results = ("parameters", "steps", "epochs", "best_val_loss", "tokens_per_second", "train_seconds")
-    wanted = {
-        "model": values["config"].get("model.kind"),
-        "corpus": values["corpus"].get("name"),
-        "device": values["device"].get("name"),
-        "ranks": record.get("ranks"),
-        "date": record["created"],
-        **{key: values["results"].get(key) for key in results},
+    return {
+        "model": record["model"],
+        "corpus": record["corpus"].get("name"),
+        **{name: record["results"][name] for name in RESULTS},
+        "ranks": record["ranks"],
+        "device": record["device"]["name"],
+        "date": records.Record.model_validate(record).created,
     }
-    missing = [key for key, value in wanted.items() if value is None]
-    if missing:
-        raise PicogptError(
-            f"{folder / 'record.json'} is not a complete record of a training: {', '.join(missing)} missing"
-        )
-    tree = {"folder": str(folder), "name": folder.relative_to(weights).parts[1], "finished": True, **wanted}
-    return parse(Run, tree, str(folder / "record.json"))
 
 
-def _begun(folder: Path, weights: Path) -> Run:
-    """A run without a record, from its metrics. They may be being written, so the last line may be incomplete."""
-    model, name, *corpus = folder.relative_to(weights).parts
+def _begun(folder: Path, weights: Path) -> dict[str, Any]:
+    """The values of a run without a record, from its metrics. They may be being written: the last line may be incomplete."""
+    model, _, *corpus = folder.relative_to(weights).parts
     metrics = folder / "checkpoints/metrics.jsonl"
-    rows = _whole_rows(metrics)
-    last = {key: value for row in rows for key, value in row.items()}
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
-    changed = (metrics if metrics.exists() else folder).stat().st_mtime
-    tree = {
-        "folder": str(folder),
-        "name": name,
-        "model": model.replace("_", "-"),
-        "finished": False,
-        "corpus": corpus[0] if corpus else None,
-        "steps": last.get("step"),
-        "epochs": last.get("epoch"),
-        "best_val_loss": min(losses, default=None),
-        "tokens_per_second": last.get("tokens_per_second"),
-        "train_seconds": last.get("train_seconds"),
-        "date": datetime.fromtimestamp(changed, UTC),
-    }
-    return parse(Run, tree, str(metrics))
-
-
-def _whole_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The lines before the first incomplete one."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, float]] = []
     for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
         try:
-            row = json.loads(line)
-        except ValueError:
+            rows.append({name: float(value) for name, value in json.loads(line).items()})
+        except (ValueError, TypeError, AttributeError):
             break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
-    return rows
+    last = {name: value for row in rows for name, value in row.items()}
+    return {
+        "model": model.replace("_", "-"),
+        "corpus": corpus[0] if corpus else None,
+        **{name: last.get(name) for name in RESULTS},
+        "steps": int(last["step"]) if "step" in last else None,
+        "epochs": last.get("epoch"),
+        "best_val_loss": min((row["val_loss"] for row in rows if "val_loss" in row), default=None),
+        "ranks": None,
+        "device": None,
+        "date": datetime.fromtimestamp((metrics if metrics.exists() else folder).stat().st_mtime, UTC),
+    }

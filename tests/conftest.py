@@ -26,18 +26,13 @@ from picogpt.data.tokens import TokenData
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LONGEST = ("test_workflow.py", "test_readme.py", "test_slurm.py", "test_fineweb.py")
+LONGEST = ("test_workflow.py", "test_readme.py", "test_slurm.py", "test_fineweb_rules.py")
 
 SMALL_MODEL = {"kind": "char-transformer", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1}
 SMALL_TRAIN = {
-    "dtype": "float32",
-    "steps": 40,
-    "batch_size": 4,
-    "optimizer": "muon",
-    "eval_interval": 10,
-    "warmup_steps": 4,
+    "dtype": "float32", "steps": 40, "batch_size": 4, "optimizer": "muon", "eval_interval": 10, "warmup_steps": 4,
     "weight_decay": 0.1,
-}
+}  # fmt: skip
 SMALL_RUNTIME = {"device": "cpu", "compile": "off", "log_interval": 3, "checkpoint_interval": 7}
 
 

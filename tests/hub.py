@@ -1,14 +1,25 @@
-"""A small hub of the Hugging Face shape: redirects to a store, ETags, ranges; and what can go wrong with one."""
+"""A small hub of the Hugging Face shape: redirects to a store, ETags, ranges; what can go wrong; shards of text for it."""
 
 from __future__ import annotations
 
 import hashlib
 import http.server
+import io
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from conftest import serving
+
+from picogpt.data import fineweb
+
+HELD_OUT = 30
+"""Documents of the first shard that are for validation."""
+REVISION = "0123456789" * 4
+WORDS = ["the", "river", "carries", "sand;", "a", "delta", "grows", "é", "每年", "<|endoftext|>", "\n\n"]
 
 
 @dataclass
@@ -90,3 +101,33 @@ def running() -> Iterator[Hub]:
     hub = Hub("")
     with serving(handler(hub)) as hub.address:
         yield hub
+
+
+def texts(number: int) -> list[str]:
+    """The documents of a shard: the same each time; one of them is empty."""
+    draw = random.Random(number)
+    return ["", *(" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(99))]
+
+
+def parquet(documents: list[str | None], column: str = "text") -> bytes:
+    """A parquet file of several row groups, with a column that nobody needs beside the text."""
+    out = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(documents)), column: documents}), out, row_group_size=17)
+    return out.getvalue()
+
+
+def registered(contents: list[bytes]) -> fineweb.Dataset:
+    files = [
+        {"file": f"{number:03}_00000.parquet", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for number, content in enumerate(contents)
+    ]
+    return fineweb.Dataset.model_validate(
+        {
+            "title": "pages", "licence": "none", "repository": "HuggingFaceFW/fineweb-edu", "revision": REVISION,
+            "folder": "sample/10BT", "shards": files,
+        }
+    )  # fmt: skip
+
+
+def hub_path(number: int) -> str:
+    return f"datasets/HuggingFaceFW/fineweb-edu/{REVISION}/sample/10BT/{number:03}_00000.parquet"

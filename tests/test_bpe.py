@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import tiktoken
 
-from picogpt.data import assets, bpe
-from picogpt.data.assets import MIRROR_VARIABLE
+from picogpt.config import GPT2Config
+from picogpt.data import bpe, fetch
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import open_data, tokenize_gpt2
+from picogpt.data.fetch import MIRROR_VARIABLE
 from picogpt.errors import PicogptError, Unreachable, UsageError
+from picogpt.export import _texts
 
 STRANGE = "Don't  stop\n\n  believing   \t\n—naïve 東京 🙂🙃 1234567 <|endoftext|> x\u00a0y\r\n end   "
 
@@ -24,26 +26,11 @@ def test_a_wrong_file_of_ranks_is_refused(tmp_path: Path):
 
 def test_where_nothing_answers_every_source_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(MIRROR_VARIABLE, str(tmp_path / "mirror"))
-    monkeypatch.setattr(assets, "_index_addresses", lambda archive: [])
-    none = {name: asset.model_copy(update={"addresses": ()}) for name, asset in assets.registry().items()}
-    monkeypatch.setattr(assets, "registry", lambda: none)
+    monkeypatch.setattr(fetch, "_index_addresses", lambda archive: [])
+    none = {name: asset.model_copy(update={"addresses": ()}) for name, asset in fetch.registry().items()}
+    monkeypatch.setattr(fetch, "registry", lambda: none)
     with pytest.raises(Unreachable, match=r"(?s)vocab\.bpe.*openai_whisper"):
         GPT2Tokenizer.fetched(tmp_path)
-
-
-def test_both_sources_give_the_same_bytes(gpt2: GPT2Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The source distribution holds what is made from the merges: the registry's hash is the proof on either way."""
-    made = bpe.ranks_of_merges(merges_text(gpt2))
-    monkeypatch.delenv(MIRROR_VARIABLE, raising=False)
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made/gpt2.tiktoken").write_bytes(made)
-    assert GPT2Tokenizer(tmp_path / "made/gpt2.tiktoken").ranks == gpt2.ranks
-
-
-def merges_text(tokenizer: GPT2Tokenizer) -> str:
-    from picogpt.export import merges
-
-    return "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges(tokenizer))
 
 
 def test_ids_are_those_of_the_reference(gpt2: GPT2Tokenizer):
@@ -90,33 +77,29 @@ def test_the_command_line(picogpt, tmp_path: Path, corpus: Path, gpt2_resources:
     data = open_data(tmp_path / "weights/gpt2_tokenizer/r")
     text = corpus.read_text()
     cut = int(len(text) * 0.9)
-    reference = tiktoken.Encoding(
-        "again", pat_str=bpe.r50k_pat_str, mergeable_ranks=GPT2Tokenizer.fetched("resources").ranks, special_tokens={}
-    )
+    ranks = GPT2Tokenizer.fetched("resources").ranks
+    reference = tiktoken.Encoding("again", pat_str=bpe.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     assert np.array_equal(data.train.ids, reference.encode_ordinary(text[:cut]))
     assert np.array_equal(data.val.ids, reference.encode_ordinary(text[cut:]))
-    (tmp_path / "empty.txt").write_text("")
-    assert picogpt("tokenize", "gpt2", "--text", "empty.txt").status == 1
-    assert "empty.txt is empty" in picogpt("tokenize", "gpt2", "--text", "empty.txt").err
-    assert picogpt("tokenize", "gpt2", "--text", "no.txt").status == 1
-    # A file of characters is not for GPT-2, nor the other way round.
     assert picogpt("tokenize", "char", "--text", corpus, "--run", "c").status == 0
-    wrong = picogpt("train", "gpt2", "--data", "weights/char_tokenizer/c")
-    assert wrong.status == 2
-    assert "tokens of another tokenizer" in wrong.err
-    wrong = picogpt("train", "char-bigram", "--data", "weights/gpt2_tokenizer/r")
-    assert wrong.status == 2
-    assert "GPT-2's tokens" in wrong.err
+    (tmp_path / "empty.txt").touch()
+    for command, status, message in (
+        (["tokenize", "gpt2", "--text", "empty.txt"], 1, "empty.txt is empty"),
+        (["tokenize", "gpt2", "--text", "no.txt"], 1, "no.txt"),
+        (["train", "gpt2", "--data", "weights/char_tokenizer/c"], 2, "tokens of another tokenizer"),
+        (["train", "char-bigram", "--data", "weights/gpt2_tokenizer/r"], 2, "GPT-2's tokens"),
+    ):
+        run = picogpt(*command)
+        assert (run.status, message in run.err) == (status, True), run.err
 
 
-def test_the_exported_vocabulary_is_openais(gpt2: GPT2Tokenizer, tmp_path: Path):
-    from picogpt.config import GPT2Config
-    from picogpt.export import _texts
-
+def test_the_vocabulary_is_openais_from_either_source(gpt2: GPT2Tokenizer, tmp_path: Path):
+    """What is exported is what OpenAI published, byte for byte, and the ranks that are made from that are registered."""
     files = _texts(GPT2Config(kind="gpt2"), 50257, gpt2)
-    (tmp_path / "vocab.bpe").write_text(files["merges.txt"], encoding="utf-8")
-    merges = assets.find(bpe.MERGES)
-    assert assets.is_whole(tmp_path / "vocab.bpe", merges)  # byte for byte what OpenAI published
+    merges, ranks = tmp_path / "vocab.bpe", tmp_path / "gpt2.tiktoken"
+    merges.write_text(files["merges.txt"], encoding="utf-8")
+    ranks.write_bytes(bpe.ranks_of_merges(files["merges.txt"]))
+    assert fetch.is_whole(merges, fetch.find(bpe.MERGES))
+    assert fetch.is_whole(ranks, fetch.find(bpe.RANKS))
     vocabulary = json.loads(files["vocab.json"])
-    assert len(vocabulary) == 50257
-    assert vocabulary["Ġworld"] == 995
+    assert (len(vocabulary), vocabulary["Ġworld"]) == (50257, 995)

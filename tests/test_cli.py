@@ -8,23 +8,38 @@ from pathlib import Path
 import pytest
 
 from picogpt import config
-from picogpt.data.assets import MIRROR_VARIABLE
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import tokenize_chars, tokenize_gpt2
+from picogpt.data.fetch import MIRROR_VARIABLE
+from picogpt.files import exclusive_lock
+
+MODULE = [sys.executable, "-m", "picogpt"]
+TRAIN = ["train", "char-bigram", "--run", "a", "--set=model.block_size=16"]
+FOLDER = "weights/char_bigram/a"
+
+
+def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def work(corpus: Path, tmp_path: Path) -> Path:
+    """A folder with tokens of characters."""
+    tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
+    return tmp_path
 
 
 def test_help_is_there_without_torch():
     script = (
         "import sys; from picogpt import cli; cli.cli(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "picogpt train char-transformer" in run.stdout
-    assert run.stdout.endswith("False\n")
+    shown = run(sys.executable, "-c", script).stdout
+    assert "picogpt train char-transformer" in shown
+    assert shown.endswith("False\n")
 
 
 def test_the_module_runs_as_the_command():
-    run = subprocess.run([sys.executable, "-m", "picogpt", "--version"], capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("picogpt, version")
+    assert run(*MODULE, "--version").stdout.startswith("picogpt, version")
 
 
 def test_the_help_of_train_lists_every_setting(picogpt):
@@ -34,14 +49,14 @@ def test_the_help_of_train_lists_every_setting(picogpt):
             assert key in shown
 
 
-def test_a_first_model_by_hand(picogpt, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_first_model_by_hand(picogpt, corpus: Path, tmp_path: Path):
     assert picogpt("tokenize", "char", "--text", corpus).out.startswith("words: ")
-    trained = picogpt("train", "char-bigram", "--run", "a", "--steps", 20, "--seed", 3, "--set", "model.block_size=16")
+    trained = picogpt(*TRAIN, "--steps", 20, "--seed", 3)
     assert trained.status == 0
     assert "before training: val loss" in trained.err
-    assert "weights/char_bigram/a/best.pt: validation loss" in trained.out
-    record = json.loads((tmp_path / "weights/char_bigram/a/record.json").read_text())
-    assert (record["config"]["train"]["seed"], record["config"]["train"]["steps"]) == (3, 20)
+    assert f"{FOLDER}/best.pt: validation loss" in trained.out
+    settings = json.loads((tmp_path / FOLDER / "record.json").read_text())["config"]["train"]
+    assert (settings["seed"], settings["steps"]) == (3, 20)
     assert picogpt("sample", "char-bigram", "-n", 10).status == 0
 
 
@@ -78,125 +93,92 @@ def test_a_first_model_by_hand(picogpt, corpus: Path, tmp_path: Path, monkeypatc
 def test_bad_input_is_one_message_and_a_status(picogpt, corpus, tmp_path, arguments: list, status: int, message: str):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "tinyshakespeare.txt").write_text("mine " * 50)
-    from picogpt.data.corpus import tokenize_chars
-
     tokenize_chars(corpus, tmp_path / "t")
-    run = picogpt(*arguments)
-    assert (run.status, run.out) == (status, "")
-    assert message in run.err
+    refused = picogpt(*arguments)
+    assert (refused.status, refused.out) == (status, "")
+    assert message in refused.err
 
 
-def test_fetch_lists_takes_from_the_mirror_and_needs_it_once(picogpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_fetch_lists_takes_from_the_mirror_and_needs_it_once(picogpt, tmp_path: Path, monkeypatch):
     listed = picogpt("fetch").out
     assert "tinyshakespeare" in listed
     assert "not here" in listed
     monkeypatch.setenv(MIRROR_VARIABLE, str(tmp_path / "mirror"))
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror/tinyshakespeare.txt").write_text("To be")
-    run = picogpt("fetch", "tinyshakespeare")
-    assert run.status == 1
-    assert "serves another file" in run.err
+    refused = picogpt("fetch", "tinyshakespeare")
+    assert (refused.status, "serves another file" in refused.err) == (1, True)
 
 
-@pytest.mark.skipif(
-    MIRROR_VARIABLE not in os.environ, reason=f"{MIRROR_VARIABLE} is not set: the real corpus is not here"
-)
+@pytest.mark.skipif(MIRROR_VARIABLE not in os.environ, reason=f"{MIRROR_VARIABLE} is not set: no real corpus")
 def test_the_real_corpus_makes_the_known_split(picogpt, tmp_path: Path):
     assert picogpt("fetch", "tinyshakespeare", "--out", "copy.txt").status == 0
-    run = picogpt("tokenize", "char")
-    assert "tinyshakespeare: 65 characters, 1,003,854 for training, 111,540 for validation" in run.out
+    split = "tinyshakespeare: 65 characters, 1,003,854 for training, 111,540 for validation"
+    assert split in picogpt("tokenize", "char").out
     assert (tmp_path / "copy.txt").read_bytes() == (tmp_path / "resources/tinyshakespeare.txt").read_bytes()
 
 
-def test_a_closed_pipe_is_no_error(corpus: Path, tmp_path: Path):
-    command = f"{sys.executable} -m picogpt train --help | head -1"
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "Traceback" not in run.stderr
+def test_a_closed_pipe_is_no_error(tmp_path: Path):
+    closed = run("bash", "-c", '"$@" | head -1', "bash", *MODULE, "train", "--help", cwd=tmp_path)
+    assert (closed.returncode, "Traceback" in closed.stderr) == (0, False)
 
 
-def train_command(*arguments: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "picogpt",
-        "train",
-        "char-bigram",
-        "--run",
-        "a",
-        "--set=model.block_size=16",
-        *arguments,
-    ]
-
-
-def test_a_full_disk_ends_a_training_with_a_message_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path):
-    tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
+def test_a_full_disk_ends_a_training_with_a_message_and_keeps_the_last_good_checkpoint(work: Path):
     # No file may grow beyond 4 KiB: the first checkpoint does not fit.
-    command = [
-        "bash",
-        "-c",
-        'ulimit -f 4; exec "$@"',
-        "bash",
-        *train_command("--steps", "20", "--set=runtime.checkpoint_interval=5"),
-    ]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert "cannot write weights/char_bigram/a/checkpoints/" in run.stderr
-    assert "Traceback" not in run.stderr
-    left = {path.name for path in (tmp_path / "weights/char_bigram/a/checkpoints").iterdir()}
-    assert left <= {"metrics.jsonl"}
+    training = [*MODULE, *TRAIN, "--steps", "20", "--set=runtime.checkpoint_interval=5"]
+    failed = run("bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *training, cwd=work)
+    assert failed.returncode == 1
+    assert f"cannot write {FOLDER}/checkpoints/" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert {path.name for path in (work / FOLDER / "checkpoints").iterdir()} <= {"metrics.jsonl"}
 
 
-def test_a_second_training_in_the_same_folder_is_refused(picogpt, corpus: Path, tmp_path: Path):
-    from picogpt.files import exclusive_lock
-
-    tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
-    with exclusive_lock(tmp_path / "weights/char_bigram/a", "training"):
-        run = picogpt(*train_command("--steps", "5")[3:])
-    assert (run.status, run.out) == (1, "")
-    assert "another process is training in weights/char_bigram/a" in run.err
+def test_a_second_training_in_the_same_folder_is_refused(picogpt, work: Path):
+    with exclusive_lock(work / FOLDER, "training"):
+        refused = picogpt(*TRAIN, "--steps", "5")
+    assert (refused.status, refused.out) == (1, "")
+    assert f"another process is training in {FOLDER}" in refused.err
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_a_signal_ends_with_its_status_and_says_how_to_go_on(
-    corpus: Path, tmp_path: Path, number: signal.Signals, status: int
-):
-    tokenize_chars(corpus, tmp_path / "weights/char_tokenizer/t")
-    command = train_command("--steps", "1000000", "--set=runtime.log_interval=1")
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+def stopped(number: signal.Signals, *command: str, cwd: Path) -> tuple[int, str]:
+    """Exit status and messages of a training that gets a signal after its first evaluation."""
+    command = (*MODULE, *command, "--steps", "1000000")
+    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True) as process:
         assert "before training" in process.stderr.readline()
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == status
-    assert f"stopped by {number.name} at step" in errors
-    assert "everything is saved in weights/char_bigram/a/checkpoints: the same command continues from there" in errors
     assert "Traceback" not in errors
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_with_its_status_and_says_how_to_go_on(work: Path, number: signal.Signals, status: int):
+    ended, errors = stopped(number, *TRAIN, "--set=runtime.log_interval=1", cwd=work)
+    assert ended == status
+    assert f"stopped by {number.name} at step" in errors
+    assert f"everything is saved in {FOLDER}/checkpoints: the same command continues from there" in errors
 
 
 def test_a_stopped_run_without_a_name_says_which_name_goes_on(
     picogpt, corpus: Path, tmp_path: Path, gpt2: GPT2Tokenizer
 ):
     tokenize_gpt2([corpus], tmp_path / "weights/gpt2_tokenizer/t", gpt2, "words")
-    small = ["--set=model.n_layer=1", "--set=model.n_head=1", "--set=model.n_embd=8", "--set=model.block_size=8"]
-    command = [sys.executable, "-m", "picogpt", "train", "gpt2", "--steps", "1000000", *small]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        assert "before training" in process.stderr.readline()
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 143
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8}
+    small = ["train", "gpt2", *(f"--set=model.{key}={value}" for key, value in sizes.items())]
+    ended, errors = stopped(signal.SIGTERM, *small, cwd=tmp_path)
+    assert ended == 143
     (folder,) = (tmp_path / "weights/gpt2").iterdir()
     assert f"the same command with --run {folder.name} continues from there" in errors
-    again = picogpt(*command[3:6], "4", "--run", folder.name, *small)  # other settings, not a new run
+    again = picogpt(*small, "--steps", 4, "--run", folder.name)  # other settings, not a new run
     assert (again.status, "holds a run of other settings" in again.err) == (1, True)
 
 
 def test_memory_that_runs_out_is_a_message(picogpt, monkeypatch: pytest.MonkeyPatch):
-    from picogpt import machines
-
-    def hungry() -> list[str]:
+    def hungry() -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(machines, "names", hungry)
-    run = picogpt("hardware")
-    assert run.status == 1
-    assert run.err.startswith("picogpt: out of memory (")
-    assert "--num-samples" in run.err
+    monkeypatch.setattr("picogpt.machines.names", hungry)
+    failed = picogpt("hardware")
+    assert failed.status == 1
+    assert failed.err.startswith("picogpt: out of memory (")
+    assert "--num-samples" in failed.err

@@ -8,38 +8,26 @@ import cluster
 import pytest
 from conftest import ROOT
 
-CONDA = {"matplotlib": "matplotlib-base", "torch": "pytorch"}
+CONDA = {"huggingface-hub": "huggingface_hub", "matplotlib": "matplotlib-base", "torch": "pytorch"}
 """Where conda's name is another than the index's."""
 
 
-def project_dependencies() -> list[str]:
-    tree = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    return [re.split(r"[<>=]", requirement)[0].replace("-", "_") for requirement in tree["project"]["dependencies"]]
-
-
-def pinned() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return {
-        name.lower().replace("-", "_"): version
-        for name, _, version in (line.partition("==") for line in lines if "==" in line)
-    }
-
-
-def conda_name(name: str) -> str:
-    return CONDA.get(name, name.replace("_", "-") if name == "pypi_simple" else name)
+def read_toml(name: str) -> dict:
+    return tomllib.loads((ROOT / name).read_text())
 
 
 def test_every_dependency_is_pinned_alike_for_pip_and_for_pixi():
-    pixi = tomllib.loads((ROOT / "pixi.toml").read_text())
+    pixi = read_toml("pixi.toml")
     listed = {**pixi["dependencies"], "pytorch": pixi["feature"]["cpu"]["dependencies"]["pytorch-cpu"]}
-    for name in project_dependencies():
-        version = pinned()[name]
-        assert version.startswith(listed[conda_name(name)].removesuffix("*").removesuffix(".")), name
+    pins = re.findall(r"^(.+?)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    pinned = {name.lower().replace("_", "-"): version for name, version in pins}
+    for requirement in read_toml("pyproject.toml")["project"]["dependencies"]:
+        name = re.split(r"[<>=]", requirement)[0]
+        assert pinned[name].startswith(listed[CONDA.get(name, name)].removesuffix("*").removesuffix(".")), name
 
 
-def test_the_profile_of_pixi_and_of_make_run_the_same_commands():
-    makefile = (ROOT / "Makefile").read_text()
-    tasks = tomllib.loads((ROOT / "pixi.toml").read_text())["tasks"]
+def test_pixi_and_make_run_the_same_commands():
+    makefile, tasks = (ROOT / "Makefile").read_text(), read_toml("pixi.toml")["tasks"]
     for task in ("report", "test", "reference"):
         recipe = re.search(rf"^{task}:.*\n\t\$\(BIN\)/(.+)$", makefile, re.MULTILINE)
         assert recipe, task

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from picogpt import models
 from picogpt.config import GPT2Config
-from picogpt.hub import registry
+from picogpt.data.fetch import pretrained
 from picogpt.models import kernels
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.kernels import linear_cross_entropy
@@ -38,9 +38,9 @@ def pair(config: GPT2Config) -> tuple[GPT2, torch.nn.Module]:
     return ours, theirs
 
 
-@pytest.mark.parametrize("name", registry())
+@pytest.mark.parametrize("name", pretrained())
 def test_logits_loss_and_gradients_equal_the_reference_at_every_size(name: str):
-    ours, theirs = pair(registry()[name].config().model_copy(update={"n_layer": 1}))
+    ours, theirs = pair(pretrained()[name].config().model_copy(update={"n_layer": 1}))
     for length in (1, 7, 130):
         idx = torch.randint(V, (2, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
@@ -66,7 +66,7 @@ def test_the_full_context_equals_the_reference():
 
 def test_every_size_has_the_parameters_it_is_called_by_and_the_stated_cost():
     costs = []
-    for asset in registry().values():
+    for asset in pretrained().values():
         with torch.device("meta"):
             model = GPT2(asset.config(), VOCAB_SIZE)
         assert round(sum(p.numel() for p in model.parameters()) / 1e6) == int(asset.parameters.removesuffix("M"))

@@ -61,7 +61,7 @@ def climbed(tokens) -> dict[str, dict]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RUNGS, "compile", Rung("", {}))
         patch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: True)
-        by_kind = {record["kind"]: record for record in (measure(rung, tokens) for rung in MACHINE["rungs"])}
+        by_kind = {records.key(record): record for record in (measure(rung, tokens) for rung in MACHINE["rungs"])}
     compare_with_baselines(by_kind)
     return {record["config"]["rung"]: record for record in by_kind.values()}
 
@@ -242,15 +242,15 @@ def test_the_figure_says_what_is_measured_and_what_is_published(written, climbed
 
 def reference_files(folder: Path, climbed: dict[str, dict], **rungs: str) -> list[Path]:
     """Reference records of an imagined A30: its rungs, and the rungs here that they are copied from."""
-    from picogpt.reference import _sum_up
+    from picogpt.reference import write_sums
 
     folder.mkdir(parents=True)
     for rung, source in rungs.items():
-        record = copy.deepcopy(climbed[source]) | {"kind": f"ladder a30 {rung}"}
+        record = copy.deepcopy(climbed[source]) | {"machine": "a30", "rung": rung}
         record |= {"commit": "0" * 40, "dirty": False, "corpus": {}}
         record["device"] |= {"name": f"NVIDIA A30 in {folder.name}", "kind": "cuda", "driver": "570.1"}
         records.write(folder / f"ladder_a30_{rung}.json", record)
-    _sum_up(folder)
+    write_sums(folder)
     return sorted(folder.glob("ladder_*.json"))
 
 
@@ -265,7 +265,7 @@ def test_reference_records_are_drawn_as_such(written, climbed, tmp_path: Path):
 def test_a_ladder_never_gets_a_rung_from_another_machine(climbed, tmp_path: Path):
     files = reference_files(tmp_path / "reference/here", climbed, baseline="baseline", bf16="bf16")
     files += reference_files(tmp_path / "reference/there", climbed, tf32="flash")
-    assert set(read_references(files)) == {"ladder a30 baseline", "ladder a30 bf16"}
+    assert set(read_references(files)) == {records.Key("ladder", "gpt2", "a30", rung) for rung in ("baseline", "bf16")}
 
 
 def test_a_rung_whose_loss_is_another_is_told(written, climbed, box: Path, tmp_path: Path):
@@ -280,8 +280,8 @@ def test_a_rung_whose_loss_is_another_is_told(written, climbed, box: Path, tmp_p
 def test_where_nothing_is_compared_no_difference_is_told(climbed):
     flash = copy.deepcopy(climbed["flash"])
     flash["results"]["loss_difference"] = None  # as without a baseline
-    assert report_ladder.largest_difference({"flash": flash}) is None
-    assert report_ladder.largest_difference({}) is None
+    for rungs in ({"flash": flash}, {}):
+        assert report_ladder.Ladder("cpu", machines.load("cpu"), rungs, here=True).largest_difference is None
 
 
 def test_rungs_without_a_baseline_are_not_compared(written, climbed, box: Path, tmp_path: Path):
@@ -293,8 +293,8 @@ def test_rungs_without_a_baseline_are_not_compared(written, climbed, box: Path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record["device"].update(name="X"), "device name X, and ladder box baseline with"),
-        (lambda record: record["config"]["hardware"].update(batch_size=8), "hardware batch_size 8, and .* with 4"),
+        (lambda record: record["device"].update(name="X"), "device.name X, and its baseline with"),
+        (lambda record: record["config"]["hardware"].update(batch_size=8), "hardware.batch_size 8, and .* with 4"),
     ],
 )
 def test_rungs_of_another_device_or_other_settings_are_refused(climbed, box, tmp_path, change, message: str):

@@ -15,10 +15,10 @@ import torch
 from hub import Hub
 from safetensors.torch import load_file, save
 
-from picogpt import hub as hub_client
 from picogpt import models
 from picogpt.checkpoint import save_weights
 from picogpt.config import Experiment, GPT2Config
+from picogpt.data import fetch
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.errors import PicogptError, Refused, Unreachable, UsageError
 from picogpt.export import export_folder
@@ -66,11 +66,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> Iter
 
 
 def register(monkeypatch: pytest.MonkeyPatch, sha256: str | None) -> None:
-    asset = hub_client.Pretrained(
+    asset = fetch.Pretrained(
         repository="openai-community/gpt2", revision=REVISION, sha256=sha256, parameters="0M",
         n_layer=2, n_head=2, n_embd=8,
     )  # fmt: skip
-    monkeypatch.setattr(hub_client, "registry", lambda: {"pretrained": asset})
+    monkeypatch.setattr(fetch, "pretrained", lambda: {"pretrained": asset})
 
 
 def test_the_hub_is_asked_once_and_its_cache_serves_from_then_on(hub: Hub):
@@ -91,9 +91,9 @@ def test_a_hang_up_is_resumed_where_it_stopped(hub: Hub, content: bytes, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 14)  # 10 MB: this file in one piece
     hub.hang_up_after = [len(content) // 2]
     try:
-        path = hub_client.fetch("pretrained")
+        path = fetch.fetch_pretrained("pretrained")
     except Unreachable:  # the client may leave it to the next run
-        path = hub_client.fetch("pretrained")
+        path = fetch.fetch_pretrained("pretrained")
     assert path.read_bytes() == content
     ranges = [wanted for method, _, wanted in hub.requests if method == "GET"]
     assert any(wanted and int(wanted.removeprefix("bytes=").split("-")[0]) > 0 for wanted in ranges), ranges
@@ -104,24 +104,24 @@ def test_a_connection_that_breaks_each_time_is_a_message(hub: Hub, content: byte
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.hang_up_after = [0] * 20
     with pytest.raises(Unreachable, match=r"cannot get openai-community/gpt2/model\.safetensors.*tries again"):
-        hub_client.fetch("pretrained")
+        fetch.fetch_pretrained("pretrained")
     hub.hang_up_after = []
-    assert hub_client.fetch("pretrained").read_bytes() == content
+    assert fetch.fetch_pretrained("pretrained").read_bytes() == content
 
 
 def test_a_file_that_lies_in_the_store_of_xet_is_known_by_the_hash_of_the_hub(hub: Hub, content: bytes, monkeypatch):
     """There the file of the cache is a link to what several repositories share, under a hash of another kind."""
-    path = hub_client.fetch("pretrained")
+    path = fetch.fetch_pretrained("pretrained")
     blob = path.resolve()
     shared = blob.parent.parent.parent / "shared" / ("c" * 64)
     shared.parent.mkdir()
     blob.rename(shared)
     blob.symlink_to(shared)
     register(monkeypatch, None)
-    assert hub_client.fetch("pretrained").read_bytes() == content
+    assert fetch.fetch_pretrained("pretrained").read_bytes() == content
     register(monkeypatch, "a" * 64)
     with pytest.raises(PicogptError, match="expected aaaa"):
-        hub_client.fetch("pretrained")
+        fetch.fetch_pretrained("pretrained")
     assert (shared.exists(), path.is_symlink(), blob.is_symlink()) == (True, False, False)
 
 
@@ -133,7 +133,7 @@ def test_another_file_is_refused_and_not_kept(hub: Hub, monkeypatch, tmp_path: P
         register(monkeypatch, None)
         hub.claimed_hash = "a" * 64
     with pytest.raises(PicogptError, match=f"sha256 [0-9a-f]{{64}}, expected {'a' * 64}"):
-        hub_client.fetch("pretrained")
+        fetch.fetch_pretrained("pretrained")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 1000]
 
 
@@ -151,20 +151,20 @@ def test_a_refusal_says_what_to_do(hub: Hub, monkeypatch, status: int, message: 
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before it asks again
     hub.status = status
     with pytest.raises(Unreachable, match=message) as refused:
-        hub_client.fetch("pretrained")
+        fetch.fetch_pretrained("pretrained")
     assert isinstance(refused.value, Refused) == (status != 429)
 
 
 def test_the_names_on_the_command_line_are_those_of_the_registry():
     from picogpt.cli.common import PRETRAINED
 
-    assert tuple(f"gpt2-{name}" for name in hub_client.registry()) == PRETRAINED
+    assert tuple(f"gpt2-{name}" for name in fetch.pretrained()) == PRETRAINED
 
 
 def test_where_no_hub_answers_the_message_names_it(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:9.*picogpt fetch pretrained"):
-        hub_client.fetch("pretrained")
+        fetch.fetch_pretrained("pretrained")
 
 
 @pytest.fixture

@@ -1,33 +1,34 @@
 """Reference records: what may be kept, and how a changed one is found out."""
 
-import csv
-import hashlib
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 
 from picogpt import hardware, records, reference
-from picogpt.data import assets
+from picogpt.data import fetch
 from picogpt.errors import PicogptError
+from picogpt.records import Key
 from picogpt.report.compare import read_references, write_summary
 
 COMMIT = "0123456789" * 4
-SPEEDS = {"tokens_per_second": 10.0, "final_loss": 9.0}
+BASELINE = {name: 10.0 for _, _, name in (path.rpartition(".") for path in records.NUMBERS["ladder"])}
+TRAINED = {name: 5.5 for _, _, name in (path.rpartition(".") for path in records.NUMBERS["train"])}
+RESULTS = {"train": TRAINED, "ladder": BASELINE}
 
 
-def record(kind: str, **change: object) -> dict:
+def record(key: Key, **change: object) -> dict:
     """A record of a clean checkout, on the published corpus."""
-    corpus = {"name": "tinyshakespeare", "text_sha256": assets.find("tinyshakespeare").sha256}
-    corpus |= {"train_tokens": 301_966, "val_tokens": 36_059}
-    tree = {
-        **records.provenance(hardware.select("cpu")), "kind": kind, "corpus": corpus, "config": {}, "commit": COMMIT,
-        "dirty": False, "results": {"val_loss_after": 5.5},
+    corpus = {"name": "tinyshakespeare", "text_sha256": fetch.find("tinyshakespeare").sha256}
+    config = {"train": {"seed": 1}, "hardware": {"batch_size": 1, "block_size": 1, "steps": 5}}
+    return {
+        **records.provenance(hardware.select("cpu")), **key._asdict(), "corpus": corpus, "config": config, "ranks": 1,
+        "commit": COMMIT, "dirty": False, "results": RESULTS.get(key.task, {"mean": 1.0}), **change,
     }  # fmt: skip
-    return tree | change
 
 
 @pytest.fixture
@@ -37,43 +38,47 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "media").mkdir()
     (tmp_path / "media/gpt2_cpu_throughput.png").write_bytes(b"a picture")
     (tmp_path / "media/gpt2_mine_loss.png").write_bytes(b"a picture of another run")
-    records.write(tmp_path / "weights/gpt2/pipeline/tinyshakespeare/record.json", record("train gpt2"))
-    records.write(
-        tmp_path / "weights/gpt2/20260210_183518/tinyshakespeare/record.json", record("train gpt2", results={})
-    )
-    for model in ("bigram", "transformer"):
-        records.write(tmp_path / f"weights/char_{model}/pipeline/record.json", record(f"train char-{model}"))
-    for kind in ("evaluate gpt2 int8", "sampling gpt2 int8"):
-        records.write(tmp_path / f"results/records/{kind.replace(' ', '_')}.json", record(kind))
-    records.write(tmp_path / "results/records/ladder/cpu/baseline.json", record("ladder cpu baseline", results=SPEEDS))
-    unable = record("ladder cpu bf16", not_measured="no instructions for bfloat16", results={})
-    records.write(tmp_path / "results/records/ladder/cpu/bf16.json", unable)
-    missing = record("evaluate gpt2-pretrained int8", not_measured="hub unreachable", reason="", results={})
-    records.write(tmp_path / "results/records/evaluate.json", missing)
+    no_instructions = {"not_measured": "no instructions for bfloat16", "results": {}}
+    for path, tree in {
+        "weights/gpt2/pipeline/tinyshakespeare/record.json": record(Key("train", "gpt2")),
+        "weights/gpt2/20260210_183518/tinyshakespeare/record.json": record(Key("train", "gpt2"), ranks=2),
+        "weights/char_bigram/pipeline/record.json": record(Key("train", "char-bigram")),
+        "weights/char_transformer/pipeline/record.json": record(Key("train", "char-transformer")),
+        "results/records/evaluate_gpt2_int8.json": record(Key("evaluate", "gpt2", dtype="int8")),
+        "results/records/sampling_gpt2_int8.json": record(Key("sampling", "gpt2", dtype="int8")),
+        "results/records/ladder/cpu/baseline.json": record(Key("ladder", "gpt2", "cpu", "baseline")),
+        "results/records/ladder/cpu/bf16.json": record(Key("ladder", "gpt2", "cpu", "bf16"), **no_instructions),
+        "results/records/theirs.json": records.unreachable(Key("evaluate", "gpt2-pretrained", dtype="int8"), "why"),
+    }.items():
+        records.write(tmp_path / path, tree)
     (tmp_path / "results/summary.csv").write_text("section,metric\n")
     (tmp_path / "results/report.md").write_text("![a](../media/gpt2_cpu_throughput.png)\n")
     return tmp_path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_was_measured_is_kept(measured: Path):
     kept, pictures = reference.keep(measured, "pipeline")
     assert kept.parent == measured / "results/reference"
     assert kept.name == reference.slug(records.provenance(hardware.select("cpu"))["device"])
-    files = [
+    assert names(kept) == [
         "SHA256SUMS", "evaluate_gpt2_int8.json", "ladder_cpu_baseline.json", "ladder_cpu_bf16.json", "report.md",
         "sampling_gpt2_int8.json", "summary.csv", "train_char-bigram.json", "train_char-transformer.json",
         "train_gpt2.json",
     ]  # fmt: skip
-    assert sorted(path.name for path in kept.iterdir()) == files
-    assert json.loads((kept / "train_gpt2.json").read_text())["results"] == {"val_loss_after": 5.5}
+    assert records.read(kept / "train_gpt2.json")["ranks"] == 1
     assert (pictures / "gpt2_cpu_throughput.png").read_bytes() == b"a picture"
-    assert sorted(path.name for path in pictures.iterdir()) == ["SHA256SUMS", "gpt2_cpu_throughput.png"]
+    assert names(pictures) == ["SHA256SUMS", "gpt2_cpu_throughput.png"]
     link = (kept / "report.md").read_text().split("(")[1].split(")")[0]
     assert (kept / link).resolve() == (pictures / "gpt2_cpu_throughput.png").resolve()
-    reference.check(kept)
-    reference.check(pictures)
-    (measured / "results/records/ladder/cpu/baseline.json").unlink()
-    assert "ladder_cpu_baseline.json" not in [path.name for path in reference.keep(measured, "pipeline")[0].iterdir()]
+    for folder in (kept, pictures):
+        reference.check(folder)
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
+    (measured / "results/records/ladder/cpu/bf16.json").unlink()
+    assert "ladder_cpu_bf16.json" not in names(reference.keep(measured, "pipeline")[0])
 
 
 def test_the_command(measured: Path, picogpt):
@@ -81,10 +86,8 @@ def test_the_command(measured: Path, picogpt):
     assert (run.status, run.out.count("files\n")) == (0, 2)
     before = sorted(measured.glob("results/reference/*/*"))
     run = picogpt("reference", "--run", "nobody")  # the benchmarks are no run's
-    assert (run.status, "lacks train char-bigram, train char-transformer, train gpt2: make report" in run.err) == (
-        1,
-        True,
-    )
+    assert run.status == 1
+    assert "lacks train char-bigram, train char-transformer, train gpt2: make report" in run.err
     assert sorted(measured.glob("results/reference/*/*")) == before
     shutil.rmtree(measured / "results/records")
     run = picogpt("reference", "--run", "nobody")
@@ -101,7 +104,8 @@ def test_the_command(measured: Path, picogpt):
     ],
 )
 def test_what_could_mislead_is_not_kept(measured: Path, change: dict, message: str):
-    records.write(measured / "weights/char_bigram/pipeline/record.json", record("train char-bigram", **change))
+    path = measured / "weights/char_bigram/pipeline/record.json"
+    records.write(path, record(Key("train", "char-bigram"), **change))
     with pytest.raises(PicogptError, match=message):
         reference.keep(measured, "pipeline")
     assert not (measured / "results/reference").exists()
@@ -116,72 +120,94 @@ def test_a_dirty_tree_is_refused(measured: Path, monkeypatch, state: tuple, mess
         reference.keep(measured, "pipeline")
 
 
-def sums(folder: Path) -> None:
-    """Fit SHA256SUMS to the files, as somebody would who wants to hide a change."""
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-        for path in sorted(folder.iterdir())
-        if path.name != "SHA256SUMS"
-    ]
-    (folder / "SHA256SUMS").write_text("".join(lines))
-
-
-def test_a_changed_record_is_found_out(measured: Path):
-    kept, _ = reference.keep(measured, "pipeline")
+def test_a_changed_file_is_found_out(measured: Path):
+    kept, pictures = reference.keep(measured, "pipeline")
     path = kept / "train_gpt2.json"
     whole = path.read_text()
     path.write_text(whole.replace("5.5", "4.5"))
     with pytest.raises(PicogptError, match=r"train_gpt2\.json was edited: its sha256 is"):
         read_references([path])
-    path.write_text(json.dumps(json.loads(whole) | {"schema_version": 0}))
-    sums(kept)
-    with pytest.raises(PicogptError, match=r"train_gpt2\.json has schema version 0"):
-        read_references([path])
-    path.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k not in ("commit", "device")}))
-    sums(kept)
-    with pytest.raises(PicogptError, match=r"train_gpt2\.json is not a complete result record: device, commit missing"):
-        read_references([path])
     path.unlink()
-    with pytest.raises(PicogptError, match=r"train_gpt2\.json is in .* and is not there"):
+    with pytest.raises(PicogptError, match=r"train_gpt2\.json was added or deleted"):
         read_references([kept / "ladder_cpu_baseline.json"])
     path.write_text(whole)
     (kept / "SHA256SUMS").unlink()
-    with pytest.raises(PicogptError, match=r"is not in .*SHA256SUMS"):
+    with pytest.raises(PicogptError, match=r"was added or deleted"):
         read_references([path])
-
-
-@pytest.mark.parametrize("name", ["results/reference/*/report.md", "media/reference/*/gpt2_cpu_throughput.png"])
-def test_a_changed_page_or_picture_is_found_out(measured: Path, name: str):
-    reference.keep(measured, "pipeline")
-    path = next(measured.glob(name))
-    path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(PicogptError, match=rf"{path.name} was edited: its sha256 is"):
-        reference.check(path.parent)
+    tree = json.loads(whole)
+    tree["corpus"]["text_sha256"] = "0" * 64
+    path.write_text(json.dumps(tree))
+    reference.write_sums(kept)  # as somebody would who wants to hide a change
+    with pytest.raises(PicogptError, match=r"train_gpt2\.json was measured on"):
+        read_references([path])
+    for page in (kept / "report.md", pictures / "gpt2_cpu_throughput.png"):
+        page.write_bytes(page.read_bytes() + b"more")
+        with pytest.raises(PicogptError, match=rf"{page.name} was edited: its sha256 is"):
+            reference.check(page.parent)
 
 
 def test_a_reference_number_is_shown_as_one(measured: Path, tmp_path: Path):
-    speeds = record("ladder h100 baseline", results=SPEEDS)
-    top = record("ladder h100 max_autotune", results={"tokens_per_second": 120.0, "final_loss": 9.0})
     folder = tmp_path / "reference/nvidia_h100"
-    for tree in (speeds, top):
-        records.write(folder / f"{tree['kind'].replace(' ', '_')}.json", tree)
-    sums(folder)
-    write_summary(
-        [measured / "results/records/ladder/cpu/baseline.json"], folder.glob("*.json"), tmp_path / "summary.csv"
-    )
-    with open(tmp_path / "summary.csv", newline="") as file:
-        row = next(row for row in csv.DictReader(file) if row["metric"] == "h100, top rung")
-    assert (row["measured"], row["status"]) == ("12", "not measured here")
-    assert row["note"].startswith("needs H100; the number comes from a reference record of ")
+    for rung, speed in (("baseline", 10.0), ("max_autotune", 120.0)):
+        tree = record(Key("ladder", "gpt2", "h100", rung), results={**BASELINE, "tokens_per_second": speed})
+        records.write(folder / f"{rung}.json", tree)
+    reference.write_sums(folder)
+    here = measured / "results/records/ladder/cpu/baseline.json"
+    write_summary([here], folder.glob("*.json"), tmp_path / "summary.csv")
+    rows = pd.read_csv(tmp_path / "summary.csv").set_index("metric")
+    measured_number, status, note = rows.loc["h100, top rung", ["measured", "status", "note"]]
+    assert (measured_number, status) == (12, "not measured here")
+    assert note.startswith("needs H100; the number comes from a reference record of ")
 
 
-def test_tracked_reference_records_are_whole():
+def test_tracked_reference_records_are_whole_and_readable():
+    """They are of schema version 1, which named what was measured by words: those of their file names."""
     folders = sorted((ROOT / "results/reference").glob("*/"))
     assert folders
     for folder in folders:
-        reference.check(folder)
         reference.check(ROOT / "media/reference" / folder.name)
-        read_references(sorted(folder.glob("*.json")))
+        files = sorted(folder.glob("*.json"))
+        found = read_references(files)
+        assert [str(key).replace(" ", "_") for key in found] == [path.stem for path in files]
+        assert all(record["schema_version"] == records.SCHEMA_VERSION for record in found.values())
+        for key in (
+            Key("train", "gpt2"), Key("ladder", "gpt2", "cpu", "flash"), Key("evaluate", "gpt2", dtype="int8"),
+            Key("sampling", "gpt2", dtype="float32"), Key("streams", "gpt2"), Key("weights"), Key("data"),
+        ):  # fmt: skip
+            assert key in found
+
+
+def test_the_words_of_schema_version_1_may_name_a_machine(tmp_path: Path):
+    for words, key in (
+        ("train gpt2 h100x2", Key("train", "gpt2", "h100x2")),
+        ("ladder my box bf16", Key("ladder", "gpt2", "my box", "bf16")),
+    ):
+        tree = {name: value for name, value in record(key).items() if name not in Key._fields}
+        (tmp_path / "record.json").write_text(json.dumps(tree | {"schema_version": 1, "kind": words}))
+        assert records.key(records.read(tmp_path / "record.json")) == key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 0}, "has schema version 0 and this picogpt reads 2"),
+        ({"schema_version": 1, "kind": "tea"}, "has schema version 1"),
+        ({"task": None}, r"not a complete result record:\n  task=null"),
+        ({"device": {"name": 5, "kind": "cpu", "cores": 2}}, r"device\.name=5"),
+        ({"device": "a CPU"}, 'device="a CPU"'),
+        ({"dtype": ["int8"]}, r"dtype=\[\"int8\"\]"),
+        ({"created": "yesterday"}, 'created="yesterday"'),
+        ({"results": {**TRAINED, "steps": "ten"}}, r"not a complete result record: no number in results\.steps"),
+        ({"config": {"train": None}}, r"no number in config\.train\.seed"),
+        ({"missing": ["gpt2 MB"]}, "missing="),
+    ],
+)
+def test_a_wrong_part_of_a_record_is_named(tmp_path: Path, change: dict, message: str):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record(Key("train", "gpt2")) | change))
+    with pytest.raises(PicogptError, match=message) as caught:
+        records.read(path)
+    assert (caught.value.exit_status, str(path) in str(caught.value)) == (1, True)
 
 
 @pytest.mark.parametrize(

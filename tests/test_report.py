@@ -1,28 +1,29 @@
-import csv
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ROOT, small_experiment
 
 from picogpt.config import Experiment
-from picogpt.data import assets
+from picogpt.data import fetch
 from picogpt.data.tokens import TokenData
 from picogpt.errors import PicogptError
+from picogpt.records import Key
 from picogpt.report import compare, figures
-from picogpt.report.compare import CORPUS, published
+from picogpt.report.compare import CORPUS, PUBLISHED_COLUMNS, published
 from picogpt.train.loop import Trainer
 
-HEADER = "section,metric,record,key,unit,published,source,tolerance,better,device,depends_on_text,comparable,note"
+KEY = Key("train", "gpt2", "m")
 
 
 @pytest.fixture
 def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Write a file of published numbers in place of the shipped one; its rows are given from `published` on."""
+    """Write a file of one published number in place of the shipped one; the row is given from `published` on."""
 
-    def write(*rows: str) -> None:
-        lines = [f"s,m{number},r,loss,u,{row}" for number, row in enumerate(rows)]
-        (tmp_path / "published.csv").write_text("\n".join([HEADER, *lines, ""]))
+    def write(row: str) -> None:
+        lines = [",".join(PUBLISHED_COLUMNS), f"s,m,train,gpt2,m,,,loss,u,{row}", ""]
+        (tmp_path / "published.csv").write_text("\n".join(lines))
         monkeypatch.setattr(compare, "config_folder", lambda: tmp_path)
         published.cache_clear()
 
@@ -30,16 +31,17 @@ def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     published.cache_clear()
 
 
-def record(value: float | None, corpus: str = CORPUS, device: str = "d") -> dict:
-    text = assets.find(CORPUS).sha256 if corpus == CORPUS else "0" * 64
+def record(value: float | None, corpus: str = CORPUS, device: str = "d", **change: object) -> dict:
+    text = fetch.find(CORPUS).sha256 if corpus == CORPUS else "0" * 64
     identity = {"name": corpus, "text_sha256": text, "train_tokens": 1_003_854, "val_tokens": 111_540}
     results = {} if value is None else {"loss": value}
-    return {"results": results, "device": {"name": device}, "corpus": identity, "created": "2026-02-03T00:00:00"}
+    created = "2026-02-03T00:00:00"
+    return {"results": results, "device": {"name": device}, "corpus": identity, "created": created, **change}
 
 
 def row_of(measured: dict | None, reference: dict | None = None) -> dict:
-    """The first row of the comparison of these records of kind r."""
-    records, references = ({"r": tree} if tree else {} for tree in (measured, reference))
+    """The row of the comparison of these records."""
+    records, references = ({KEY: tree} if tree else {} for tree in (measured, reference))
     return compare.compare(records, references).iloc[0].to_dict()
 
 
@@ -71,16 +73,13 @@ def test_another_text_is_never_compared_and_nothing_is_never_measured(publish):
     row = row_of(record(2.0, corpus="words"))
     assert (row["status"], row["measured"]) == ("not comparable", 2.0)
     assert "words" in row["note"]
-    another_split = record(2.0)
-    another_split["corpus"]["train_tokens"] -= 1
-    namesake = record(2.0)
-    namesake["corpus"]["text_sha256"] = "0" * 64
-    assert {row_of(other)["status"] for other in (another_split, namesake)} == {"not comparable"}
+    known = record(2.0)["corpus"]
+    for change in ({"train_tokens": 5}, {"text_sha256": "0" * 64}):  # another split; a text of the same name
+        assert row_of(record(2.0, **{"corpus": {**known, **change}}))["status"] == "not comparable"
     row = row_of(None)
     assert (row["status"], row["device"], row["measured"]) == ("not measured here", None, None)
-    missing = {**record(None), "not_measured": "hub unreachable"}
-    assert row_of(missing)["note"] == "hub unreachable"
-    assert row_of({**record(None), "missing": {"loss": "hub unreachable"}})["note"] == "hub unreachable"
+    for change in ({"not_measured": "hub unreachable"}, {"missing": {"loss": "hub unreachable"}}):
+        assert row_of(record(None, **change))["note"] == "hub unreachable"
 
 
 def test_a_number_of_another_device_may_come_from_a_reference_record_of_it(publish):
@@ -88,9 +87,8 @@ def test_a_number_of_another_device_may_come_from_a_reference_record_of_it(publi
     there = record(1.5, device="a GPU")
     row = row_of(record(7.0), there)
     assert (row["measured"], row["device"], row["status"]) == (1.5, "a GPU", "not measured here")
-    assert (
-        row["note"] == "published for a GPU; this machine is d; the number comes from a reference record of 2026-02-03"
-    )
+    note = "published for a GPU; this machine is d; the number comes from a reference record of 2026-02-03"
+    assert row["note"] == note
     assert row_of(record(7.0), record(1.5, device="a third"))["measured"] is None
     assert row_of(there)["status"] == "differs"
 
@@ -101,6 +99,7 @@ def test_a_number_of_another_device_may_come_from_a_reference_record_of_it(publi
         ("2.0,,0.1,lowr,,yes,yes,", "line 2: better is 'lowr', not higher or lower"),
         ("2.0,,0.1,,,maybe,yes,", "line 2: depends_on_text is 'maybe'"),
         ("two,,0.1,,,yes,yes,", "cannot read .*published.csv: .*two"),
+        ("2.0,,0.1,,,yes,yes,\ns,m,train,gpt2,,,,loss,u,2.0,,0.1,,,yes,yes,", "line 3: duplicate metric 'm'"),
     ],
 )
 def test_a_wrong_value_of_the_table_is_named(publish, row: str, message: str):
@@ -109,21 +108,11 @@ def test_a_wrong_value_of_the_table_is_named(publish, row: str, message: str):
         published()
 
 
-def test_the_published_numbers_of_the_character_models_are_all_there():
+def test_every_published_number_has_a_row():
     rows = published()
-    metrics = {
-        (section, metric)
-        for section, metric in zip(rows.section, rows.metric, strict=True)
-        if section.startswith("char")
-    }
     wanted = "train loss before|val loss before|train loss after|val loss after|best val loss|best epoch"
-    assert metrics == {
-        (section, metric) for section in ("char bigram", "char transformer") for metric in wanted.split("|")
-    }
-
-
-def test_every_other_published_number_has_a_row():
-    rows = published()
+    for section in ("char bigram", "char transformer"):
+        assert list(rows.metric[rows.section == section]) == wanted.split("|")
     known = rows[rows.published.notna()]
     numbers = {section: list(group.published) for section, group in known.groupby("section")}
     assert numbers["weights"] == [551, 475]
@@ -135,54 +124,68 @@ def test_every_other_published_number_has_a_row():
 
 
 def test_numbers_are_found_in_lists_and_under_names_with_spaces():
-    results = {"a": [1, 2.5], "c d": 3, "text": "x", "flag": True, "none": None, "texts": ["x"]}
-    assert dict(compare._numbers(results)) == {"a.0": 1, "a.1": 2.5, "c d": 3}
+    tree = {"results": {"a": [1, 2.5], "c d": 3, "text": "x", "flag": True, "none": None, "texts": ["x"]}}
+    for key, value in {"a.0": 1, "a.1": 2.5, "c d": 3}.items():
+        assert compare.number(tree, key) == value
+    for key in ("a", "a.2", "a.b", "text", "flag", "none", "texts.0", "nothing"):
+        assert compare.number(tree, key) is None
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tokens: TokenData) -> Path:
     """A finished run of each model."""
     folder = tmp_path_factory.mktemp("runs")
-    bigram = {
-        "model": {"kind": "char-bigram", "block_size": 16},
-        "train": {"steps": 30, "learning_rate": 0.1, "eval_interval": 10, "eval_train": "whole"},
-    }
-    Trainer(Experiment.model_validate(bigram), tokens, folder / "char_bigram").run()
+    train = {"steps": 30, "learning_rate": 0.1, "eval_interval": 10, "eval_train": "whole"}
+    bigram = Experiment.model_validate({"model": {"kind": "char-bigram", "block_size": 16}, "train": train})
+    Trainer(bigram, tokens, folder / "char_bigram").run()
     Trainer(small_experiment(), tokens, folder / "char_transformer").run()
     return folder
 
 
-def test_the_summary_has_a_row_for_each_number_and_names_the_corpus(picogpt, runs: Path, tmp_path: Path):
-    files = [runs / "char_bigram/record.json", runs / "char_transformer/record.json"]
+@pytest.fixture
+def files(runs: Path) -> list[Path]:
+    return [runs / "char_bigram/record.json", runs / "char_transformer/record.json"]
+
+
+def test_the_summary_has_a_row_for_each_number_and_names_the_corpus(picogpt, files: list[Path], tmp_path: Path):
     assert picogpt("report", "summary", *files, "--out", "summary.csv").status == 0
-    with open(tmp_path / "summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["section", "metric", "published", "measured", "unit", "device", "status", "note"]
+    rows = pd.read_csv(tmp_path / "summary.csv")
+    assert list(rows) == ["section", "metric", "published", "measured", "unit", "device", "status", "note"]
     assert len(rows) == len(published())
-    assert {row["status"] for row in rows if row["measured"]} == {"not comparable"}
-    assert all("words" in row["note"] for row in rows if row["measured"])
-    results = json.loads(files[1].read_text())["results"]
-    best = next(row for row in rows if (row["section"], row["metric"]) == ("char transformer", "best val loss"))
-    assert float(best["measured"]) == pytest.approx(results["best_val_loss"], rel=1e-6)
+    here = rows[rows.measured.notna()]
+    assert set(here.status) == {"not comparable"}
+    assert here.note.str.contains("words").all()
+    best = here[(here.section == "char transformer") & (here.metric == "best val loss")].measured.item()
+    assert best == pytest.approx(json.loads(files[1].read_text())["results"]["best_val_loss"], rel=1e-6)
 
     twice = picogpt("report", "summary", files[0], files[0], "--out", "twice.csv")
     assert (twice.status, "second record of train char-bigram" in twice.err) == (1, True)
     assert not (tmp_path / "twice.csv").exists()
 
 
-@pytest.mark.parametrize("kind", ["char_bigram", "char_transformer"])
-def test_the_loss_curve_is_a_picture_of_the_right_size(picogpt, runs: Path, tmp_path: Path, kind: str):
+@pytest.mark.parametrize("model", ["char_bigram", "char_transformer"])
+def test_the_loss_curve_is_a_picture_of_the_right_size(picogpt, runs: Path, tmp_path: Path, model: str):
     import matplotlib.image
 
-    assert picogpt("report", "loss-curve", "--run-folder", runs / kind, "--out", "a.png").status == 0
+    assert picogpt("report", "loss-curve", "--run-folder", runs / model, "--out", "a.png").status == 0
     picture = matplotlib.image.imread(tmp_path / "a.png")
     assert picture.shape[0] > 500
     assert picture.shape[1] > 1200
     assert picture.std() > 0.05
 
 
-def test_the_page_is_filled_in(picogpt, runs: Path, tmp_path: Path):
-    files = [runs / "char_bigram/record.json", runs / "char_transformer/record.json"]
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [('{"epoch": 0.1, "train_loss": "low"}', "a loss that is no number"), ("3", "metrics.jsonl, line 1")],
+)
+def test_wrong_metrics_are_named(picogpt, files: list[Path], tmp_path: Path, metrics: str, message: str):
+    (tmp_path / "record.json").write_text(files[0].read_text())
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    run = picogpt("report", "loss-curve", "--run-folder", ".", "--out", "a.png")
+    assert (run.status, message in run.err, (tmp_path / "a.png").exists()) == (1, True, False)
+
+
+def test_the_page_is_filled_in(picogpt, files: list[Path], tmp_path: Path):
     picogpt("report", "summary", *files, "--out", "summary.csv")
     samples = []
     for name in ("char_bigram", "char_transformer"):
@@ -199,17 +202,27 @@ def test_the_page_is_filled_in(picogpt, runs: Path, tmp_path: Path):
         assert part in text
     assert "{{" not in text
 
-    (tmp_path / "wrong.j2").write_text("{{ records.nothing }}")
-    run = picogpt("report", "page", "--template", "wrong.j2", *page, *samples)
-    assert (run.status, "wrong.j2 cannot be filled in" in run.err) == (1, True)
+    for template, message in (
+        ("{{ nothing }}", "'nothing' is undefined"),
+        ("{{ record('train', 'gpt2', 'a30').results }}", "there is no record of train gpt2 a30"),
+        ("{{ record('train', 'char-bigram').results.nothing }}", "'nothing'"),
+    ):
+        (tmp_path / "wrong.j2").write_text(template)
+        run = picogpt("report", "page", "--template", "wrong.j2", *page, *samples)
+        assert (run.status, "wrong.j2 cannot be filled in" in run.err, message in run.err) == (1, True, True)
     assert (tmp_path / "report.md").read_text() == text
+    for arguments, status, message in (
+        (["--set", "first_dtype"], 2, "--set 'first_dtype' is not of the form NAME=VALUE"),
+        (["--summary", "missing.csv"], 1, "cannot read missing.csv"),
+    ):
+        run = picogpt("report", "page", "--template", "wrong.j2", *page, *arguments)
+        assert (run.status, message in run.err) == (status, True)
 
 
 def test_a_published_loss_of_another_kind_is_no_validation_loss():
-    fineweb = {"name": "fineweb-edu", "text_sha256": "0" * 64, "train_tokens": 10, "val_tokens": 5}
-    run = {"kind": "train gpt2 h100x2", "results": {}, "corpus": fineweb}
+    run = {"task": "train", "model": "gpt2", "machine": "h100x2", "results": {}, "corpus": {"name": "fineweb-edu"}}
     assert [line[:2] for line in figures._references(run)] == [(6.5, "published, measured differently: 6.5000")]
-    run = {"kind": "train char-transformer", "results": {}, "corpus": {**fineweb, "name": "words"}}
+    run = {"task": "train", "model": "char-transformer", "results": {}, "corpus": {"name": "words"}}
     assert [line[1] for line in figures._references(run)] == [
         "published, final validation (tinyshakespeare): 3.3808",
         "published, best validation (tinyshakespeare): 2.2701",

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,12 @@ def weights(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained / "weights", tmp_path / "weights"))
 
 
-def age(record: Path, created: str) -> None:
-    """Let a record be from another time."""
+def change(record: Path, edit: Callable[[dict], object]) -> dict:
+    """Edit a record; returns it."""
     tree = json.loads(record.read_text())
-    record.write_text(json.dumps({**tree, "created": created}))
+    edit(tree)
+    record.write_text(json.dumps(tree))
+    return tree
 
 
 def begin(folder: Path, metrics: str) -> None:
@@ -48,60 +51,59 @@ def begin(folder: Path, metrics: str) -> None:
 
 
 def test_both_layouts_are_listed_the_newest_first(picogpt, weights: Path):
-    age(weights / "char_bigram/short/record.json", "2026-01-02T03:04:05+00:00")
-    age(weights / "char_bigram/long/record.json", "2026-01-02T03:04:04+00:00")
     shutil.copytree(weights / "char_bigram/short", weights / "gpt2/mine/words")
-    age(weights / "gpt2/mine/words/record.json", "2026-01-02T03:04:06+00:00")
+    for second, run in ((5, "char_bigram/short"), (4, "char_bigram/long"), (6, "gpt2/mine/words")):
+        created = {"created": f"2026-01-02T03:04:0{second}+00:00"}
+        record = change(weights / run / "record.json", lambda tree, created=created: tree.update(created))
     run = picogpt("runs")
     assert (run.status, run.err) == (0, "")
     header, *lines = run.out.splitlines()
     assert header.split("  ")[0] == "run"
     assert [line.split()[0] for line in lines] == ["mine", "short", "long"]
     assert {line.index("char-bigram") for line in lines} == {header.index("model")}
-    record = json.loads((weights / "char_bigram/long/record.json").read_text())
-    results, line = record["results"], lines[2].split()
+    results, line = record["results"], lines[0].split()
     assert line[1:4] == ["char-bigram", "words", f"{results['parameters']:,}"]
-    assert line[4:7] == ["20", f"({results['epochs']:.2f})", f"{results['best_val_loss']:.4f}"]
-    assert record["device"]["name"] in lines[2]
+    assert line[4:7] == ["10", f"({results['epochs']:.2f})", f"{results['best_val_loss']:.4f}"]
+    assert record["device"]["name"] in lines[0]
 
 
 def test_a_run_that_is_not_finished_says_how_far_it_came(picogpt, weights: Path):
     rows = [{"step": 0, "val_loss": 4.0}, {"step": 5, "epoch": 0.5, "val_loss": 3.0}, {"step": 7, "val_loss": 3.5}]
-    begin(weights / "gpt2/stopped/words", "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "val')
+    for name, last in (("stopped", '{"step": 8, "val'), ("odd", '{"step": "eight"}'), ("list", "[8]")):
+        begin(weights / f"gpt2/{name}/words", "".join(json.dumps(row) + "\n" for row in rows) + last)
     (weights / "char_transformer/begun/checkpoints").mkdir(parents=True)
     lines = {line.split()[0]: line for line in picogpt("runs").out.splitlines()}
-    assert "unfinished: 7 (0.50)    3.0000" in lines["stopped"]
-    assert lines["stopped"].split()[1:3] == ["gpt2", "words"]
+    for name in ("stopped", "odd", "list"):
+        assert "unfinished: 7 (0.50)    3.0000" in lines[name]
+        assert lines[name].split()[1:3] == ["gpt2", "words"]
     assert "unfinished: no step" in lines["begun"]
     assert "unfinished" not in lines["long"]
 
 
 def test_the_list_for_machines_and_for_one_model(picogpt, weights: Path):
     begin(weights / "gpt2/stopped/words", "")
-    listed = json.loads(picogpt("runs", "--json").out)
-    assert {(run["name"], run["finished"]) for run in listed} == {("stopped", False), ("short", True), ("long", True)}
+    listed = {run["name"]: run for run in json.loads(picogpt("runs", "--json").out)}
+    assert {name: run["finished"] for name, run in listed.items()} == {"stopped": False, "short": True, "long": True}
+    assert listed["stopped"].keys() == listed["short"].keys()
     results = json.loads((weights / "char_bigram/short/record.json").read_text())["results"]
-    short = next(run for run in listed if run["name"] == "short")
     for key in ("parameters", "steps", "epochs", "best_val_loss", "tokens_per_second", "train_seconds"):
-        assert short[key] == results[key]
-    assert [run["folder"] for run in json.loads(picogpt("runs", "--model", "gpt2", "--json").out)] == [
-        "weights/gpt2/stopped/words"
-    ]
+        assert listed["short"][key] == results[key]
+    (only,) = json.loads(picogpt("runs", "--model", "gpt2", "--json").out)
+    assert only["folder"] == "weights/gpt2/stopped/words"
     nothing = picogpt("runs", "--model", "char-transformer")
-    assert (nothing.status, nothing.out) == (0, "")
-    assert "picogpt train makes one" in nothing.err
+    assert (nothing.status, nothing.out, "picogpt train makes one" in nothing.err) == (0, "", True)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda text: text[:100], "is not a result record"),
-        (lambda text: text.replace('"steps": 10', '"stepz": 10'), "steps missing"),
+        (lambda text: text.replace('"steps": 10', '"stepz": 10'), "results.steps"),
         (lambda text: text.replace('"parameters": ', '"parameters": "x'), "is not a result record"),
-        (lambda text: text.replace('"created": "', '"created": "once '), "date="),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema version 9"),
-        (lambda text: text.replace('"train char-bigram"', '"weights"'), "not of a training"),
-        (lambda text: "[]", "missing"),
+        (lambda text: text.replace('"created": "', '"created": "once '), "created="),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 9'), "schema version 9"),
+        (lambda text: text.replace('"task": "train"', '"task": "weights"'), "not of a training"),
+        (lambda text: "[]", "is not a result record"),
     ],
 )
 def test_a_damaged_record_is_named_and_the_others_are_listed(picogpt, weights: Path, damage, message: str):
@@ -118,12 +120,12 @@ def test_a_damaged_record_is_named_and_the_others_are_listed(picogpt, weights: P
 
 
 def test_the_difference_is_all_that_is_shown(picogpt, weights: Path):
-    record = weights / "char_bigram/short/record.json"
-    tree = json.loads(record.read_text())
-    tree["software"]["torch"], tree["commit"] = "2.11.0", "0123456789" * 4
-    tree["results"]["best_val_loss"] = 1234.5
+    def edit(tree: dict) -> None:
+        tree["software"]["torch"], tree["commit"] = "2.11.0", "0123456789" * 4
+        tree["results"]["best_val_loss"] = 1234.5
+
+    change(weights / "char_bigram/short/record.json", edit)
     longer = json.loads((weights / "char_bigram/long/record.json").read_text())["results"]["best_val_loss"]
-    record.write_text(json.dumps(tree))
     shown = picogpt("runs", "diff", "short", "weights/char_bigram/long").out
     lines = {line.split()[0]: line.split()[1:] for line in shown.splitlines()}
     assert shown.split()[:3] == ["weights/char_bigram/short", "weights/char_bigram/long", "difference"]
@@ -136,16 +138,15 @@ def test_the_difference_is_all_that_is_shown(picogpt, weights: Path):
 
 def test_it_says_so_where_nothing_or_only_the_result_differs(picogpt, weights: Path):
     copy = Path(shutil.copytree(weights / "char_bigram/short", weights / "char_bigram/again"))
-    age(copy / "record.json", "2026-01-02T03:04:05+00:00")
+    change(copy / "record.json", lambda tree: tree.update(created="2026-01-02T03:04:05+00:00"))
     run = picogpt("runs", "diff", "short", "again")
     assert (run.status, run.out) == (0, "weights/char_bigram/short and weights/char_bigram/again: nothing differs\n")
-    tree = json.loads((copy / "record.json").read_text())
-    tree["results"]["train_seconds"] += 1
-    (copy / "record.json").write_text(json.dumps(tree))
-    shown = picogpt("runs", "diff", "short", "again").out.splitlines()
-    assert shown[1:2] == ["results"]
-    assert shown[2].split()[-1] == "+1"
-    assert shown[3:] == ["the same settings, corpus, device, software and execution"]
+    change(
+        copy / "record.json", lambda tree: tree["results"].update(train_seconds=tree["results"]["train_seconds"] + 1)
+    )
+    _, section, line, words = picogpt("runs", "diff", "short", "again").out.splitlines()
+    assert (section, line.split()[-1]) == ("results", "+1")
+    assert words == "the same settings, corpus, device, software and execution"
 
 
 @pytest.mark.parametrize(

@@ -249,14 +249,14 @@ def test_torchs_compiler_is_not_loaded(trained):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["-n", "0"], 2, "-n 0"),
-        (["-n", "-5"], 2, "-n -5"),
+        (["-n", "0"], 2, "0 is not in the range x>=1"),
+        (["-n", "-5"], 2, "-5 is not in the range x>=1"),
         (["-n", "x"], 2, "'x' is not a valid integer"),
         (["--temperature", "-1"], 2, "--temperature -1"),
         (["--top-k", "0"], 2, "--top-k 0"),
         (["--top-p", "2"], 2, "--top-p 2"),
         (["--top-p", "0"], 2, "--top-p 0"),
-        (["--num-samples", "0"], 2, "--num-samples 0"),
+        (["--num-samples", "0"], 2, "'--num-samples': 0 is not"),
         (["--prompt", "ÆØ"], 2, "lacks 'Æ' 'Ø'"),
         (["--prompt", ""], 2, "prompt is empty"),
         (["--prompt", "the king and queen of night"], 2, "has 27 tokens and the context of this model holds 16"),

@@ -4,10 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from picogpt.data import tokens as token_files
 from picogpt.data.corpus import open_data, tokenize_chars
 from picogpt.data.tokenizers import CharTokenizer
-from picogpt.data.tokens import open_tokens
+from picogpt.data.tokens import Header, open_tokens, write_tokens
 from picogpt.errors import PicogptError, UsageError
 
 
@@ -52,10 +51,14 @@ def test_a_corpus_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_unseen_characters_can_be_left_out(tmp_path: Path):
-    (tmp_path / "text.txt").write_text("ab" * 95 + "zabababa")
-    data = tokenize_chars(tmp_path / "text.txt", tmp_path / "out", drop_unseen=True)
+def test_unseen_characters_can_be_left_out_if_something_remains(tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_text("ab" * 95 + "zabababa")
+    data = tokenize_chars(path, tmp_path / "out", drop_unseen=True)
     assert (data.vocab_size, data.val.header.count) == (2, 19)
+    path.write_text("ab" * 45 + "z" * 10)
+    with pytest.raises(PicogptError, match="lacks nearly all"):
+        tokenize_chars(path, tmp_path / "out", drop_unseen=True)
 
 
 def rewrite_header(path: Path, **change: object) -> None:
@@ -74,7 +77,7 @@ def rewrite_header(path: Path, **change: object) -> None:
         (lambda path: path.write_bytes(b"PK" + path.read_bytes()), "not a token file"),
         (lambda path: path.write_bytes(path.read_bytes()[:8] + b"\xff\xff\xff\x7f"), "not a token file"),
         (lambda path: path.write_bytes(path.read_bytes()[:60]), "damaged header"),
-        (lambda path: rewrite_header(path, version=2), "has version 2 and this picogpt reads version 1"),
+        (lambda path: rewrite_header(path, version=2), r"damaged header \(version=2: Input should be 1\)"),
         (lambda path: rewrite_header(path, count=5), "cut short or changed"),
         (lambda path: rewrite_header(path, dtype="objec"), "damaged header"),
         (lambda path: rewrite_header(path, vocab_size=3), "holds the id"),
@@ -91,32 +94,19 @@ def test_a_damaged_file_is_refused_by_name(corpus: Path, tmp_path: Path, damage,
     assert str(path) in str(error.value)
 
 
-def test_halves_of_different_texts_are_refused(corpus: Path, tmp_path: Path):
+@pytest.mark.parametrize(("field", "val_fraction", "more"), [("text_sha256", 0.1, "more\n"), ("data_sha256", 0.3, "")])
+def test_halves_of_different_texts_or_splits_are_refused(corpus: Path, tmp_path: Path, field, val_fraction, more):
     tokenize_chars(corpus, tmp_path / "a")
-    (tmp_path / "other.txt").write_text(corpus.read_text() + "more of it\n")
-    tokenize_chars(tmp_path / "other.txt", tmp_path / "b")
+    (tmp_path / "other.txt").write_text(corpus.read_text() + more)
+    tokenize_chars(tmp_path / "other.txt", tmp_path / "b", val_fraction=val_fraction)
     (tmp_path / "b/val.bin").replace(tmp_path / "a/val.bin")
-    with pytest.raises(PicogptError, match="different texts, splits or tokenizers: text_sha256 differs"):
+    with pytest.raises(PicogptError, match=rf"another text, split or tokenizer than .*train\.bin: its {field} is"):
         open_data(tmp_path / "a")
-
-
-def test_halves_of_different_splits_are_refused(corpus: Path, tmp_path: Path):
-    tokenize_chars(corpus, tmp_path / "a")
-    tokenize_chars(corpus, tmp_path / "b", val_fraction=0.3)
-    (tmp_path / "b/val.bin").replace(tmp_path / "a/val.bin")
-    with pytest.raises(PicogptError, match="data_sha256 differs"):
-        open_data(tmp_path / "a")
-
-
-def test_dropping_may_not_leave_nothing(tmp_path: Path):
-    (tmp_path / "text.txt").write_text("ab" * 45 + "z" * 10)
-    with pytest.raises(PicogptError, match="lacks nearly all"):
-        tokenize_chars(tmp_path / "text.txt", tmp_path / "out", drop_unseen=True)
 
 
 def test_a_large_vocabulary_takes_two_bytes(tmp_path: Path):
-    header = token_files.Header(1, "uint16", 50_000, 3, "train", "x", "0", "0", "0")
-    token_files.write_tokens(tmp_path / "a.bin", np.array([0, 300, 49_999]), header)
+    header = Header(vocab_size=50_000, split="train", corpus="x", text_sha256="0", tokenizer_sha256="0")
+    write_tokens(tmp_path / "a.bin", header, [(1, np.array([0, 300, 49_999]))])
     assert open_tokens(tmp_path / "a.bin").ids.tolist() == [0, 300, 49_999]
 
 

@@ -1,9 +1,15 @@
 import copy
+import fcntl
 import json
 import math
 import os
+import pty
 import shutil
 import signal
+import subprocess
+import sys
+import termios
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +18,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+import rank
 import torch
 from conftest import SMALL_MODEL, SMALL_RUNTIME, gpt2_config, small_experiment
 
@@ -96,6 +103,35 @@ def test_a_signal_saves_at_the_next_step(straight, tokens, tmp_path, number: sig
     interrupted(tmp_path, tokens, 10, number)
     Trainer(small_experiment(), tokens, tmp_path).run()
     assert_same_run(straight, tmp_path)
+
+
+def test_a_closed_terminal_saves_too(straight, tokens, tokens_folder, tmp_path):
+    terminal, ours = pty.openpty()
+    line = [sys.executable, rank.__file__, tmp_path, tokens_folder, small_experiment().model_dump_json(), "linger"]
+    streams = {"stdin": ours, "stdout": ours, "stderr": ours}
+    own_terminal = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    with subprocess.Popen(line, **streams, **own_terminal) as process:
+        os.close(ours)
+        while not (tmp_path / "ready0").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.close(terminal)  # the kernel sends SIGHUP
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert 5 < saved_step(tmp_path) < 40
+    Trainer(small_experiment(), tokens, tmp_path).run()
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_under_nohup_a_closed_terminal_stops_nothing(ignored: bool):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        received: list[int] = []
+        with loop._stop_on_signals(received):
+            signal.raise_signal(signal.SIGHUP)
+        assert received == ([] if ignored else [signal.SIGHUP])
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("launched", [True, False])
@@ -195,7 +231,7 @@ def test_the_record_says_where_its_numbers_come_from(straight, tokens, tmp_path)
     record["results"] = None
     del record["commit"]
     (tmp_path / "edited.json").write_text(json.dumps(record))
-    with pytest.raises(PicogptError, match="not a complete result record: commit missing"):
+    with pytest.raises(PicogptError, match=r"not a complete result record:\n  commit: missing\n  results=null"):
         records.read(tmp_path / "edited.json")
 
 

@@ -72,7 +72,7 @@ def measure(
     )
     record = {
         **records.provenance(device),
-        "kind": f"ladder {name} {rung}",
+        **records.Key("ladder", "gpt2", name, rung)._asdict(),
         "corpus": data.corpus(),
         "config": {
             "hardware": machine.model_dump(mode="json"),

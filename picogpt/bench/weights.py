@@ -1,4 +1,4 @@
-"""Sizes of weight files on disk."""
+"""Sizes of weight files on disk. Loads no torch."""
 
 from __future__ import annotations
 
@@ -7,26 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from picogpt import hardware, records
-from picogpt.errors import PicogptError
+from picogpt.data import fetch
+from picogpt.errors import PicogptError, Unreachable
 
 
-def measure(files: Mapping[str, Path], missing: Mapping[str, str]) -> dict[str, Any]:
-    """The record of the sizes of weight files, in bytes by name, and of the reasons why others are `missing`.
+def measure(files: Mapping[str, str]) -> dict[str, Any]:
+    """The record of the sizes of weight files by name, in bytes; gpt2-pretrained stands for OpenAI's file in the cache.
 
-    Raises PicogptError when a file cannot be read.
+    Raises PicogptError when a file cannot be read. One of OpenAI's that is not in the cache is `missing` in the record.
     """
-    sizes = {}
-    for name, path in files.items():
+    paths, missing = {}, {}
+    for name, file in files.items():
+        pretrained = file.removeprefix("gpt2-")
         try:
-            sizes[name] = path.stat().st_size
-        except OSError as error:
-            raise PicogptError(f"cannot read {path}: {error.strerror}") from error
+            known = pretrained in fetch.pretrained()
+            paths[name] = fetch.fetch_pretrained(pretrained, cached_only=True) if known else Path(file)
+        except Unreachable:
+            missing[f"{name} MB"] = records.HUB_UNREACHABLE
+    try:
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+    except OSError as error:
+        raise PicogptError(f"cannot read {error.filename}: {error.strerror}") from error
     return {
         **records.provenance(hardware.select("cpu")),
-        "kind": "weights",
+        **records.Key("weights")._asdict(),
         "corpus": {},
-        "config": {"files": {name: str(path) for name, path in files.items()}},
-        "missing": {f"{name} MB": reason for name, reason in missing.items()},
+        "config": {"files": {name: str(path) for name, path in paths.items()}},
+        "missing": missing,
         "units": dict.fromkeys(sizes, "bytes"),
         "results": {**sizes, **{f"{name} MB": size / 1e6 for name, size in sizes.items()}},
     }

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import click
 
 from picogpt import __version__
 from picogpt.cli import about, bench, data, report, runs, sample, train
-from picogpt.errors import PicogptError, first_to_fail, is_out_of_memory
+from picogpt.errors import PicogptError, is_out_of_memory
+from picogpt.ranks import first_to_fail
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
-
-@click.group(context_settings=CONTEXT)
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(__version__, prog_name="picogpt")
 def cli() -> None:
     """GPT from scratch as a reproducible experiment.
@@ -46,20 +46,9 @@ def cli() -> None:
     """
 
 
-for command in (
-    data.fetch,
-    data.tokenize,
-    train.train,
-    sample.sample,
-    sample.evaluate,
-    sample.export,
-    runs.runs,
-    bench.bench,
-    report.report,
-    report.reference,
-    about.hardware,
-    about.plan,
-):
+for command in (data.fetch, data.tokenize, train.train, sample.sample, sample.evaluate, sample.export):
+    cli.add_command(command)
+for command in (runs.runs, bench.bench, report.report, report.reference, about.hardware, about.plan):
     cli.add_command(command)
 
 
@@ -67,34 +56,30 @@ def main() -> None:
     """Entry point. A user's mistake ends in one message and exit status 2, a failure in one message and 1."""
     try:
         cli(standalone_mode=False)
-    except click.exceptions.Exit as request:
-        sys.exit(request.exit_code)
-    except click.ClickException as error:
+    except click.Abort:
+        sys.exit(130)
+    except (click.ClickException, PicogptError, OSError, RuntimeError, MemoryError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Print the message of an error, on one of several ranks, and exit; errors that no message explains are raised."""
+    if isinstance(error, click.ClickException):
         if first_to_fail():
             error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
-    except PicogptError as error:
-        if first_to_fail():
-            print(f"picogpt: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if first_to_fail():
-            print(
-                f"picogpt: out of memory ({str(error).strip().partition(chr(10))[0][:160]}):"
-                " process fewer sequences at once (train.micro_batch_size, --num-samples, --batch-size) or use a smaller model",
-                file=sys.stderr,
-            )
-        sys.exit(1)
-    except BrokenPipeError:
-        # The process that reads our output has ended, as in `picogpt sample … | head`.
-        sys.stderr.close()
-        sys.exit(141)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        if first_to_fail():
-            print(f"picogpt: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
+    status, message = 1, str(error)
+    if isinstance(error, PicogptError):
+        status = error.exit_status
+    elif isinstance(error, OSError):
+        message = (f"{error.filename}: " if error.filename else "") + (error.strerror or message)
+    elif is_out_of_memory(error):
+        message = (
+            f"out of memory ({message.strip().partition(chr(10))[0][:160]}): process fewer sequences at once"
+            " (train.micro_batch_size, --num-samples, --batch-size) or use a smaller model"
+        )
+    else:
+        raise error
+    if first_to_fail():
+        print(f"picogpt: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -9,10 +9,8 @@ import click
 
 @click.command()
 @click.argument("files", nargs=-1)
-@click.option(
-    "--draft", "only_draft", is_flag=True, help="Print a draft of config/hardware/NAME.yaml for this machine."
-)
-def hardware(files: tuple[str, ...], only_draft: bool) -> None:
+@click.option("--draft", is_flag=True, help="Print a draft of config/hardware/NAME.yaml for this machine.")
+def hardware(files: tuple[str, ...], draft: bool) -> None:
     """Show this machine: device, fastest dtype, cores and memory, and which files of config/hardware/ fit it.
 
     If none fits, print a draft of one. FILES of your own are checked.
@@ -25,28 +23,23 @@ def hardware(files: tuple[str, ...], only_draft: bool) -> None:
     from picogpt import hardware as machine
     from picogpt import machines
 
-    if only_draft:  # before the files are read: the shell has made an empty one of what this is to fill
+    if draft:  # before the files are read: the shell has made an empty one of what this is to fill
         click.echo(machines.draft(), nl=False)
         return
     known = {machines.name_of(name): machines.load(name) for name in files}
-    device = machine.select()
+    device, gpus, fitting = machine.select(), machine.nvidia_gpus(), machines.fitting()
     click.echo(f"device   {device.name} ({device.torch_name})")
     click.echo(f"dtype    {device.dtype} for matrix products")
     click.echo(f"cores    {machine.cpu_count()}")
     click.echo(f"memory   {machine.memory_bytes() / 2**30:.1f} GiB")
-    gpus = machine.nvidia_gpus()
     if gpus:
         click.echo(f"GPUs     {len(gpus)}: {', '.join(sorted(set(gpus)))}")
     for name, settings in known.items():
         click.echo(f"file     {name} is valid: {settings.title}, {len(settings.rungs)} rungs")
-    fitting = machines.fitting()
     if fitting:
         click.echo(f"fits     {', '.join(fitting)} (config/hardware/)")
     else:
-        click.echo(
-            f"fits     none of {', '.join(machines.names())} (config/hardware/); a draft:\n\n{machines.draft()}",
-            nl=False,
-        )
+        click.echo(f"fits     none of {', '.join(machines.names())} (config/hardware/); a draft:\n\n{machines.draft()}")
 
 
 @click.command()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 from picogpt.cli.common import (
     KINDS,
     PRETRAINED,
-    RESOURCES,
     load_model,
     model_options,
     optional_option,
@@ -19,6 +19,8 @@ from picogpt.cli.common import (
     token_folder,
 )
 from picogpt.errors import UsageError
+
+record_option = click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
 
 
 @click.group()
@@ -32,19 +34,10 @@ def bench() -> None:
 @click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens per run and stream.")
 @click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs, after a short warm-up run.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Streams sampled together.")
-@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
+@record_option
 @optional_option
 def sample(
-    kind: str,
-    ckpt: Path | None,
-    tokenizer_dir: Path | None,
-    device: str,
-    dtype: str,
-    num_tokens: int,
-    runs: int,
-    batch_size: int,
-    out: Path | None,
-    optional: bool,
+    kind: str, ckpt: Path | None, tokenizer_dir: Path | None, out: Path | None, optional: bool, **measured: Any
 ) -> None:
     """Measure the sampling throughput of a model in tokens/s; every run is listed.
 
@@ -54,13 +47,15 @@ def sample(
     """
     from picogpt import records
 
-    with record_if_unavailable(f"sampling {kind} {dtype}", out if optional else None):
+    dtype, streams = measured["dtype"], measured["batch_size"] > 1
+    key = records.Key("streams", kind) if streams else records.Key("sampling", kind, dtype=dtype)
+    with record_if_unavailable(key, out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
-    from picogpt.bench import sampling
+    from picogpt.bench import measure
     from picogpt.stream import first_prompt
 
     prompt = first_prompt(tokenizer, kind in PRETRAINED)
-    record = sampling.measure(kind, model, tokenizer, source, device, dtype, num_tokens, runs, batch_size, prompt)
+    record = measure.speed(kind, model, tokenizer, source, prompt=prompt, **measured)
     if out:
         records.write(out, record)
     results = record["results"]
@@ -76,7 +71,7 @@ def sample(
 )
 @click.option("--config", help="YAML file with the model, or a name in config/models/. [default: GPT-2 124M]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of it; repeatable.")
-@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
+@record_option
 def train(
     name: str, rung: str, data: Path | None, config: str | None, overrides: tuple[str, ...], out: Path | None
 ) -> None:
@@ -117,99 +112,36 @@ def train(
     if not results:
         click.echo(f"{name} {rung}: not measured here: {record['not_measured']}")
         return
+    smaller = f"; micro-batches of {results['micro_batch_size']}, because larger ones ran out of memory"
     click.echo(
         f"{name} {rung}: {results['tokens_per_second']:,.0f} tokens/s, median step {results['median']:.4g} s"
         f" ({results['fastest']:.4g} to {results['slowest']:.4g} of {len(results['step_seconds'])}),"
         f" {results['peak_memory_bytes'] / 2**30:.2f} GiB, loss {results['final_loss']:.4f}"
-        + (
-            f"; micro-batches of {results['micro_batch_size']}, because larger ones ran out of memory"
-            if results["out_of_memory"]
-            else ""
-        )
+        f"{smaller if results['out_of_memory'] else ''}"
     )
-
-
-@bench.command()
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="A UTF-8 text.")
-@click.option(
-    "--characters",
-    type=click.IntRange(1),
-    default=8_000_000,
-    help="The text is repeated until it has this many characters.",
-)
-@click.option(
-    "--shards",
-    "counts",
-    type=click.IntRange(1),
-    multiple=True,
-    default=(10, 100, 1000, 10000),
-    help="Numbers of shards; repeatable.",
-)
-@click.option("--windows", type=click.IntRange(1), default=512, help="Windows of 1,024 tokens in a batch.")
-@click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs of tokenizing, for each number of cores.")
-@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
-def data(text: Path, characters: int, counts: tuple[int, ...], windows: int, runs: int, out: Path | None) -> None:
-    """Measure the cost of data: tokenizing by number of cores, reading batches by number of shards.
-
-    Tokenizing alternates with tiktoken's own batches; the shards are small files in a temporary folder.
-
-    \b
-      picogpt bench data --text resources/tinyshakespeare.txt
-      picogpt bench data --text my.txt --shards 100 --runs 3
-    """
-    from picogpt import hardware, records
-    from picogpt.bench import data as bench_data
-    from picogpt.data.bpe import GPT2Tokenizer
-
-    cores = hardware.cpu_count()
-    threads = sorted({*(2**power for power in range(cores.bit_length())), cores})
-    tokenizer = GPT2Tokenizer.fetched(RESOURCES)
-    record = bench_data.measure(text, tokenizer, threads, sorted(set(counts)), windows, runs, characters)
-    if out:
-        records.write(out, record)
-    results = record["results"]
-    click.echo(
-        f"tokenizing: {results['one_thread']:,.0f} tokens/s on one core, {results['share_of_tiktoken']:.0%} of tiktoken's;"
-        f" on {cores} cores {results['speedup']:.2f} times that"
-    )
-    for count, opened, first, later in zip(
-        record["config"]["shards"], results["open_seconds"], results["first_batch_seconds"], results["batch_seconds"],
-        strict=True,
-    ):  # fmt: skip
-        click.echo(
-            f"{count:>6,} shards: open {1000 * opened:.1f} ms, batch {1000 * later:.1f} ms, first {1000 * first:.1f} ms"
-        )
 
 
 @bench.command()
 @click.argument("files", nargs=-1, metavar="NAME=FILE...", required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
+@record_option
 def weights(files: tuple[str, ...], out: Path | None) -> None:
     """Measure the sizes of weight files. FILE gpt2-pretrained means OpenAI's, if they are in the cache.
 
     \b
       picogpt bench weights gpt2=weights/gpt2/RUN/tinyshakespeare/best.pt gpt2-pretrained=gpt2-pretrained
     """
-    from picogpt import hub, records
+    from picogpt import records
     from picogpt.bench import weights as bench_weights
-    from picogpt.errors import Unreachable
 
-    paths: dict[str, Path] = {}
-    missing: dict[str, str] = {}
+    named = {}
     for pair in files:
-        name, equals, file = pair.partition("=")
+        name, equals, named[name] = pair.partition("=")
         if not equals:
             raise UsageError(f"{pair!r} is not of the form NAME=FILE")
-        if file in PRETRAINED:
-            try:
-                paths[name] = hub.fetch(file.removeprefix("gpt2-"), cached_only=True)
-            except Unreachable:
-                missing[name] = records.HUB_UNREACHABLE
-                click.echo(f"{name}: not measured here: {missing[name]}", err=True)
-        else:
-            paths[name] = Path(file)
-    record = bench_weights.measure(paths, missing)
+    record = bench_weights.measure(named)
     if out:
         records.write(out, record)
-    for name, path in paths.items():
+    for name, reason in record["missing"].items():
+        click.echo(f"{name.removesuffix(' MB')}: not measured here: {reason}", err=True)
+    for name, path in record["config"]["files"].items():
         click.echo(f"{name:24}{record['results'][name]:>16,} bytes  {path}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from picogpt.data.tokenizers import Tokenizer
     from picogpt.data.tokens import TokenData
     from picogpt.models.language_model import LanguageModel
+    from picogpt.records import Key
 
 KINDS = tuple(MODELS)
 WEIGHTS = Path("weights")
@@ -85,10 +86,10 @@ def token_folder(kind: str) -> Path:
 
 def require_fitting(kind: str, data: TokenData) -> None:
     """Raises UsageError where the tokens are not those of the model."""
-    from picogpt.data import assets, bpe
+    from picogpt.data import bpe, fetch
 
     header, path = data.train.header, data.train.path
-    of_gpt2, wanted = header.tokenizer_sha256 == assets.find(bpe.RANKS).sha256, MODELS[kind].tokenizer
+    of_gpt2, wanted = header.tokenizer_sha256 == fetch.find(bpe.RANKS).sha256, MODELS[kind].tokenizer
     if of_gpt2 != (wanted == "gpt2"):
         held = "GPT-2's tokens" if of_gpt2 else f"tokens of another tokenizer ({header.vocab_size} of them)"
         raise UsageError(f"{path} holds {held}, and {kind} needs others: picogpt tokenize {wanted} makes them")
@@ -102,16 +103,16 @@ def load_model(
     if tokenizer_dir and (pretrained_name or MODELS[kind].tokenizer == "gpt2"):
         raise UsageError(f"{kind} has GPT-2's own tokenizer: leave out --tokenizer-dir")
     if pretrained_name:
-        from picogpt import hub
+        from picogpt.data import fetch
         from picogpt.data.bpe import GPT2Tokenizer
 
         if ckpt or untrained:
             raise UsageError(f"{kind} is OpenAI's: leave out --ckpt and --untrained")
-        path = hub.fetch(pretrained_name, cached_only)
+        path = fetch.fetch_pretrained(pretrained_name, cached_only)
         from picogpt.models import pretrained  # loads torch, for nothing where there are no weights
 
         tokenizer = GPT2Tokenizer.fetched(RESOURCES)
-        return pretrained.load(pretrained_name, path), tokenizer, hub.registry()[pretrained_name].repository
+        return pretrained.load(pretrained_name, path), tokenizer, fetch.pretrained()[pretrained_name].repository
 
     from picogpt.checkpoint import load_weights
 
@@ -121,7 +122,7 @@ def load_model(
 
 
 @contextmanager
-def record_if_unavailable(measurement: str, out: Path | None) -> Iterator[None]:
+def record_if_unavailable(key: Key, out: Path | None) -> Iterator[None]:
     """Where the hub cannot be reached: end well, with a record in `out` that says so; without `out`, fail."""
     try:
         yield
@@ -130,6 +131,6 @@ def record_if_unavailable(measurement: str, out: Path | None) -> Iterator[None]:
             raise
         from picogpt import records
 
-        records.write(out, records.unreachable(measurement, str(error)))
-        click.echo(f"{measurement}: not measured here: {records.HUB_UNREACHABLE}", err=True)
+        records.write(out, records.unreachable(key, str(error)))
+        click.echo(f"{key}: not measured here: {records.HUB_UNREACHABLE}", err=True)
         raise click.exceptions.Exit(0) from error

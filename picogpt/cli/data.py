@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,33 +12,36 @@ from picogpt.cli.common import PRETRAINED, RESOURCES, RUN_PATTERN, WEIGHTS, now
 from picogpt.errors import Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
-    from picogpt.hub import Answer, HubFile
+    from picogpt.data.fetch import Answer, HubFile
+    from picogpt.data.tokens import TokenData
 
 FINEWEB = "fineweb-edu"
+PATH = click.Path(path_type=Path)
 
+run_option = click.option("--run", help=RUN_PATTERN)
+corpus_option = click.option(
+    "--corpus", help="Name of the text in all results. [default: its registered name, or the file name]"
+)
 val_fraction_option = click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.1,
     help="Share of the text, at its end, for validation.",
 )
+threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
 
 
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option("--first", is_flag=True, help="Fetch only the first of the names that is available.")
-@click.option("--folder", type=click.Path(path_type=Path), default=RESOURCES, help="Folder for the downloaded files.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Also copy the file to this path (with one name, or --first)."
-)
+@click.option("--folder", type=PATH, default=RESOURCES, help="Folder for the downloaded files.")
+@click.option("--out", type=PATH, help="Also copy the file to this path (with one name, or --first).")
 @click.option(
     "--status",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Write a JSON file that says for each name whether the hub provided it; if not, that is then no error.",
 )
-@click.option(
-    "--attempt", type=click.IntRange(1), default=1, help="Number of this attempt, noted in the file of --status."
-)
+@click.option("--attempt", type=click.IntRange(1), default=1, help="Number of this attempt, for the file of --status.")
 @click.option("--shard", "shards", type=click.IntRange(0), multiple=True, help="Shard of fineweb-edu; repeatable.")
 def fetch(
     names: tuple[str, ...],
@@ -56,39 +58,26 @@ def fetch(
     are stored in the cache of the Hugging Face client, like the shards of `fineweb-edu`, a text for longer trainings.
 
     $PICOGPT_MIRROR, a folder or a URL, is tried first, then the registered URLs; $HF_ENDPOINT is the URL of the hub.
-    A file that is here already is verified and not downloaded again; an interrupted download is resumed.
+    A file that is here already is verified and not downloaded again.
     """
-    from picogpt.data import assets, fineweb
+    from picogpt.data.fetch import HubStatus, endpoint, fetch_first, write_status
     from picogpt.files import atomic_write
 
     if not names:
-        for name, asset in assets.registry().items():
-            here = "here" if assets.is_whole(folder / asset.file, asset) else "not here"
-            click.echo(f"{name:24}{asset.size:>12,} bytes  {here:9} {asset.title} ({asset.licence})")
-        for name in PRETRAINED:
-            click.echo(f"{name.removeprefix('gpt2-'):24}{'':>18}  {'':9} OpenAI's GPT-2, from the hub (MIT)")
-        data = fineweb.dataset()
-        click.echo(
-            f"{fineweb.NAME:20}{data.size:>16,} bytes  {'':9} {data.title}, in {len(data.shards)} shards,"
-            f" from the hub ({data.licence})"
-        )
-        return
+        return _list(folder)
     if shards or FINEWEB in names:
         names = _with_shards(names, shards)
+    from_hub = [name for name in names if _hub_file(name)]
     if status:
-        if elsewhere := [name for name in names if not _hub_file(name)]:
-            raise UsageError(f"--status is for files of the hub, and {elsewhere[0]} is none")
-        from picogpt import hub
-
+        if other := [name for name in names if name not in from_hub]:
+            raise UsageError(f"--status is for files of the hub, and {other[0]} is none")
         answers = {name: _ask(name, folder, status) for name in names}
-        hub.write_status(status, hub.HubStatus(attempt=attempt, endpoint=hub.endpoint(), files=answers))
-        return
+        return write_status(status, HubStatus(attempt=attempt, endpoint=endpoint(), files=answers))
     if out and len(names) > 1 and not first:
         raise UsageError("--out takes one file: name one asset, or pass --first")
-    if first and (from_hub := [name for name in names if _hub_file(name)]):
+    if first and from_hub:
         raise UsageError(f"--first chooses among files of config/assets.yaml, and {from_hub[0]} comes from the hub")
-    fetched = [assets.fetch_first(names, folder)] if first else [(name, _fetch(name, folder)) for name in names]
-    for name, path in fetched:
+    for name, path in [fetch_first(names, folder)] if first else [(name, _fetch(name, folder)) for name in names]:
         click.echo(f"{name}: {path}")
         if out:
             with open(path, "rb") as source, atomic_write(out) as file:
@@ -96,51 +85,59 @@ def fetch(
             click.echo(f"{name}: {out}")
 
 
-def _with_shards(names: Sequence[str], shards: Sequence[int]) -> tuple[str, ...]:
-    """The names, each chosen shard of a data set by its own: fineweb-edu/3."""
-    from picogpt.data import fineweb
+def _list(folder: Path) -> None:
+    from picogpt.data import fetch, fineweb
 
-    if fineweb.NAME not in names:
-        raise UsageError(f"--shard goes with {fineweb.NAME}: picogpt fetch {fineweb.NAME} --shard 0")
+    for name, asset in fetch.registry().items():
+        here = "here" if fetch.is_whole(folder / asset.file, asset) else "not here"
+        click.echo(f"{name:24}{asset.size:>12,} bytes  {here:9} {asset.title} ({asset.licence})")
+    for name in fetch.pretrained():
+        click.echo(f"{name:24}{'':>18}  {'':9} OpenAI's GPT-2, from the hub (MIT)")
+    data = fineweb.dataset()
+    about = f"{data.title}, in {len(data.shards)} shards, from the hub ({data.licence})"
+    click.echo(f"{FINEWEB:20}{data.size:>16,} bytes  {'':9} {about}")
+
+
+def _with_shards(names: tuple[str, ...], shards: tuple[int, ...]) -> tuple[str, ...]:
+    """The names, each chosen shard of a data set by its own: fineweb-edu/3."""
+    from picogpt.data.fineweb import dataset
+
+    if FINEWEB not in names:
+        raise UsageError(f"--shard goes with {FINEWEB}: picogpt fetch {FINEWEB} --shard 0")
     if not shards:
-        data = fineweb.dataset()
-        raise UsageError(
-            f"{fineweb.NAME} has {len(data.shards)} shards, {data.size / 1e9:.1f} GB together: say which, as in"
-            " --shard 0 --shard 1"
-        )
-    chosen = [f"{fineweb.NAME}/{shard}" for shard in shards]
-    return tuple(part for name in names for part in (chosen if name == fineweb.NAME else [name]))
+        held = f"{len(dataset().shards)} shards, {dataset().size / 1e9:.1f} GB together"
+        raise UsageError(f"{FINEWEB} has {held}: say which, as in --shard 0 --shard 1")
+    chosen = [f"{FINEWEB}/{shard}" for shard in shards]
+    return tuple(part for name in names for part in (chosen if name == FINEWEB else [name]))
 
 
 def _hub_file(name: str) -> HubFile | None:
-    """The file on the hub that this name stands for, if it does for one."""
+    """The file on the hub that this name stands for; None for an asset."""
     if f"gpt2-{name}" in PRETRAINED:
-        from picogpt import hub
+        from picogpt.data.fetch import pretrained
 
-        return hub.registry()[name].weights(name)
+        return pretrained()[name].weights(name)
     data_set, _, shard = name.partition("/")
-    if data_set == FINEWEB and shard:
-        from picogpt.data import fineweb
+    if data_set != FINEWEB:
+        return None
+    from picogpt.data.fineweb import parquet
 
-        if not shard.isdigit():
-            raise UsageError(f"{name}: shards have numbers, as in picogpt fetch {FINEWEB} --shard 0")
-        return fineweb.parquet(int(shard))
-    return None
+    if not shard.isdecimal():
+        raise UsageError(f"{name}: shards have numbers, as in picogpt fetch {FINEWEB} --shard 0")
+    return parquet(int(shard))
 
 
 def _fetch(name: str, folder: Path) -> Path:
-    from picogpt.data import assets, bpe
+    from picogpt.data import bpe, fetch
 
     if file := _hub_file(name):
-        from picogpt import hub
-
-        return hub.obtain(file)
-    return bpe.fetch_ranks(folder) if name == bpe.RANKS else assets.fetch(name, folder)
+        return fetch.obtain(file)
+    return bpe.fetch_ranks(folder) if name == bpe.RANKS else fetch.fetch(name, folder)
 
 
 def _ask(name: str, folder: Path, status: Path) -> Answer:
     """Fetch a file of the hub; that it is not available is an answer, not an error."""
-    from picogpt.hub import Answer
+    from picogpt.data.fetch import Answer
 
     try:
         return Answer(state="here", path=str(_fetch(name, folder)))
@@ -157,41 +154,33 @@ def tokenize() -> None:
 
 
 @tokenize.command()
-@click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text. [default: the first corpus in resources/]")
-@click.option("--run", help=RUN_PATTERN)
-@click.option("--corpus", help="Name of the text in all results. [default: its registered name, or the file name]")
+@click.option("--text", type=PATH, help="A UTF-8 text. [default: the first corpus in resources/]")
+@run_option
+@corpus_option
 @val_fraction_option
-@click.option(
-    "--drop-unseen",
-    is_flag=True,
-    help="Remove characters from the validation text that do not occur in the training text.",
-)
+@click.option("--drop-unseen", is_flag=True, help="Remove validation characters that the training text does not have.")
 def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: float, drop_unseen: bool) -> None:
     """Characters as tokens. Writes tokenizer.json, train.bin and val.bin to weights/char_tokenizer/RUN/."""
-    from picogpt.data.corpus import tokenize_chars
+    from picogpt.data.corpus import first_corpus, name_of, tokenize_chars
 
-    text = text or _corpus_here()
-    corpus = _name_of([text], corpus)
+    text = text or first_corpus(RESOURCES)
     folder = WEIGHTS / "char_tokenizer" / (run or now())
-    data = tokenize_chars(text, folder, corpus, val_fraction, drop_unseen)
-    click.echo(
-        f"{data.train.header.corpus}: {data.vocab_size} characters,"
-        f" {data.train.header.count:,} for training, {data.val.header.count:,} for validation: {folder}/"
-    )
+    data = tokenize_chars(text, folder, name_of([text], corpus), val_fraction, drop_unseen)
+    click.echo(f"{data.train.header.corpus}: {data.vocab_size} characters, {_counts(data)}: {folder}/")
 
 
 @tokenize.command()
 @click.option(
     "--text",
     "texts",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     help="A UTF-8 text; repeatable, each file is a document. [default: the first corpus in resources/]",
 )
-@click.option("--run", help=RUN_PATTERN)
-@click.option("--corpus", help="Name of the text in all results. [default: its registered name, or the file name]")
+@run_option
+@corpus_option
 @val_fraction_option
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
+@threads_option
 def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fraction: float, threads: int) -> None:
     """GPT-2's byte-pair encoding, 50,257 tokens. Writes train.bin and val.bin to weights/gpt2_tokenizer/RUN/.
 
@@ -199,36 +188,26 @@ def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fract
     Documents are separated by <|endoftext|>, which a text may contain already.
     """
     from picogpt.data.bpe import GPT2Tokenizer
-    from picogpt.data.corpus import tokenize_gpt2
+    from picogpt.data.corpus import first_corpus, name_of, tokenize_gpt2
 
-    texts = texts or (_corpus_here(),)
-    corpus = _name_of(texts, corpus)
+    texts = texts or (first_corpus(RESOURCES),)
+    name = name_of(texts, corpus)
     folder = WEIGHTS / "gpt2_tokenizer" / (run or now())
-    tokenizer = GPT2Tokenizer.fetched(RESOURCES)
-    data = tokenize_gpt2(texts, folder, tokenizer, corpus, val_fraction, threads)
-    click.echo(
-        f"{corpus}: {data.train.header.count:,} tokens for training, {data.val.header.count:,} for validation: {folder}/"
-    )
+    data = tokenize_gpt2(texts, folder, GPT2Tokenizer.fetched(RESOURCES), name, val_fraction, threads)
+    click.echo(f"{name}: {_counts(data, ' tokens')}: {folder}/")
 
 
 @tokenize.command(FINEWEB)
 @click.option("--shard", "numbers", type=click.IntRange(0), multiple=True, help="Shard to tokenize; repeatable.")
 @click.option("--join", "count", type=click.IntRange(1), help="Number of shards to join; writes manifest.json.")
 @click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    default=WEIGHTS / "gpt2_tokenizer" / FINEWEB,
-    help="Folder for the tokens of all shards.",
+    "--folder", type=PATH, default=WEIGHTS / "gpt2_tokenizer" / FINEWEB, help="Folder for the tokens of all shards."
 )
-@click.option(
-    "--parquet",
-    type=click.Path(path_type=Path),
-    help="Parquet file of the shard. [default: the one in the cache of the hub client]",
-)
+@click.option("--parquet", type=PATH, help="Parquet file of the shard. [default: the one in the hub client's cache]")
 @click.option(
     "--val-documents", type=click.IntRange(1), default=1000, help="Documents of shard 0 that are for validation."
 )
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
+@threads_option
 def fineweb_edu(
     numbers: tuple[int, ...], count: int | None, folder: Path, parquet: Path | None, val_documents: int, threads: int
 ) -> None:
@@ -252,35 +231,12 @@ def fineweb_edu(
         raise UsageError("--parquet is the file of one shard: name that with --shard")
     if count is not None:
         data = fineweb.join(folder, count)
-        click.echo(
-            f"{FINEWEB}: {data.train.header.count:,} tokens for training, {data.val.header.count:,} for validation,"
-            f" in {count} shards: {folder}/"
-        )
-        return
+        return click.echo(f"{FINEWEB}: {_counts(data, ' tokens')}, in {count} shards: {folder}/")
     tokenizer = GPT2Tokenizer.fetched(RESOURCES)
     for number in numbers:
         path = fineweb.tokenize(number, folder, tokenizer, val_documents, parquet, threads)
         click.echo(f"{FINEWEB} shard {number}: {path}")
 
 
-def _corpus_here() -> Path:
-    """The first registered corpus that has been fetched."""
-    from picogpt.data import assets
-
-    corpora = [RESOURCES / asset.file for asset in assets.registry().values() if asset.kind == "corpus"]
-    here = [path for path in corpora if path.exists()]
-    if not here:
-        raise UsageError("no corpus is in resources/: run picogpt fetch tinyshakespeare, or pass --text FILE")
-    return here[0]
-
-
-def _name_of(texts: Sequence[Path], corpus: str | None) -> str:
-    """The name of a corpus in all results. Raises UsageError when it is that of a registered one, and it is not that."""
-    from picogpt.data import assets
-    from picogpt.files import sha256_file
-
-    registered = assets.identify(sha256_file(texts[0])) if len(texts) == 1 and texts[0].is_file() else None
-    name = corpus or registered or texts[0].stem
-    if name != registered and name in assets.registry():
-        raise UsageError(f"{texts[0]} is not the registered {name}, whose name it bears: name yours with --corpus")
-    return name
+def _counts(data: TokenData, unit: str = "") -> str:
+    return f"{data.train.header.count:,}{unit} for training, {data.val.header.count:,} for validation"

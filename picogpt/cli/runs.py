@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import click
 
 from picogpt.cli.common import KINDS, WEIGHTS
 from picogpt.errors import PicogptError, UsageError
 
-if TYPE_CHECKING:
-    from picogpt.runs import Run
-
 COLUMNS = ("run", "model", "corpus", "parameters", "steps (epochs)", "best val", "tokens/s", "s", "device", "date")
-NUMBERS = range(3, 8)
 
 
 @click.group(invoke_without_command=True)
@@ -40,9 +39,9 @@ def runs(context: click.Context, model: str | None, as_json: bool) -> None:
 
     found, damaged = listed(WEIGHTS, model)
     if as_json:
-        click.echo(json.dumps([run.model_dump(mode="json") for run in found], indent=2))
+        click.echo(json.dumps(found, indent=2))
     elif found:
-        click.echo(_aligned([COLUMNS, *map(_row, found)], NUMBERS))
+        click.echo(_aligned([COLUMNS, *map(_row, found)], range(3, 8)))
     elif not damaged:
         click.echo(f"no training{f' of {model}' if model else ''} is in {WEIGHTS}/: picogpt train makes one", err=True)
     if damaged:
@@ -69,61 +68,49 @@ def diff(first: str, second: str) -> None:
         click.echo(f"{folders[0]} and {folders[1]}: nothing differs")
         return
     rows = [("", str(folders[0]), str(folders[1]), "difference")]
-    for section in dict.fromkeys(difference.section for difference in differing):
+    for section, group in groupby(differing, key=itemgetter(0)):
         rows.append((section, "", "", ""))
-        for each in differing:
-            if each.section == section:
-                comma = "," if section == "results" else ""  # a setting is shown as --set takes it
-                amount = "" if each.amount is None else f"{each.amount:+{comma}.7g}"
-                rows.append((f"  {each.key}", _shown(each.first, comma), _shown(each.second, comma), amount))
+        comma = "," if section == "results" else ""  # a setting is shown as --set takes it
+        for _, key, one, two in group:
+            amount = _shown(two - one, "+" + comma) if _is_number(one) and _is_number(two) else ""
+            rows.append((f"  {key}", _shown(one, comma), _shown(two, comma), amount))
     click.echo(_aligned(rows, range(1, 4)))
-    if {difference.section for difference in differing} == {"results"}:
+    if {section for section, *_ in differing} == {"results"}:
         click.echo("the same settings, corpus, device, software and execution")
 
 
-def _row(run: Run) -> tuple[str, ...]:
+def _row(run: dict[str, Any]) -> list[str]:
     """A line of the list."""
-    epochs = "" if run.epochs is None else f" ({run.epochs:.2f})"
-    steps = "no step" if run.steps is None else f"{run.steps:,}{epochs}"
-    return (
-        run.name,
-        run.model,
-        run.corpus or "-",
-        _number(run.parameters, ",d"),
-        steps if run.finished else f"unfinished: {steps}",
-        _number(run.best_val_loss, ".4f"),
-        _number(run.tokens_per_second, ",.0f"),
-        _number(run.train_seconds, ",.0f"),
-        f"{run.device or '-'}{f', {run.ranks} ranks' if (run.ranks or 1) > 1 else ''}",
-        f"{run.date.astimezone():%Y-%m-%d %H:%M}",
-    )
+
+    def shown(name: str, form: str) -> str:
+        return "-" if run[name] is None else f"{run[name]:{form}}"
+
+    steps = "no step" if run["steps"] is None else f"{run['steps']:,}"
+    steps += "" if run["epochs"] is None else f" ({run['epochs']:.2f})"
+    ranks = f", {run['ranks']} ranks" if (run["ranks"] or 1) > 1 else ""
+    numbers = (shown("best_val_loss", ".4f"), shown("tokens_per_second", ",.0f"), shown("train_seconds", ",.0f"))
+    date = datetime.fromisoformat(run["date"]).astimezone()
+    return [
+        run["name"], run["model"], shown("corpus", ""), shown("parameters", ",d"),
+        steps if run["finished"] else f"unfinished: {steps}", *numbers, shown("device", "") + ranks, f"{date:%Y-%m-%d %H:%M}",
+    ]  # fmt: skip
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shown(value: Any, comma: str) -> str:
-    """A value of a record in a few characters."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:{comma}.7g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:{comma}}"
+def _shown(value: Any, form: str) -> str:
+    """A value of a record in a few characters; `form` begins the format of a number."""
+    if _is_number(value):
+        return f"{value:{form}}" if isinstance(value, int) else f"{value:{form}.7g}"
     if isinstance(value, str):
         return value[:12] if re.fullmatch("[0-9a-f]{40,64}", value) else value
-    return json.dumps(value)
+    return "-" if value is None else json.dumps(value)
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], right: range) -> str:
+def _aligned(rows: Sequence[Sequence[str]], right: range) -> str:
     """Columns two spaces apart, those in `right` aligned at their ends."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    forms = [f"{{:{'>' if index in right else '<'}{width}}}" for index, width in enumerate(widths)]
+    return "\n".join("  ".join(forms).format(*row).rstrip() for row in rows)

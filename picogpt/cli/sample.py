@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,7 +24,7 @@ from picogpt.errors import PicogptError, UsageError
 @click.command()
 @click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
 @model_options
-@click.option("-n", "--num-tokens", type=int, default=500, help="Tokens to sample.")
+@click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens to sample.")
 @click.option(
     "--prompt",
     "prompts",
@@ -31,31 +33,18 @@ from picogpt.errors import PicogptError, UsageError
 )
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="UTF-8 file with the text to continue.")
 @click.option("--truncate", is_flag=True, help="If a prompt is longer than the context, use only its end.")
-@click.option(
-    "--temperature",
-    type=float,
-    default=1.0,
-    help="Divides the logits: lower is more deterministic, higher more random, 0 is greedy.",
-)
+@click.option("--temperature", type=float, default=1.0, help="Divides the logits: higher is more random, 0 is greedy.")
 @click.option("--top-k", type=int, help="Sample from the k most likely tokens only.")
-@click.option(
-    "--top-p",
-    type=float,
-    help="Sample from the most likely tokens whose probabilities add up to this (nucleus sampling).",
-)
+@click.option("--top-p", type=float, help="Sample from the most likely tokens with this total probability (nucleus).")
 @click.option("--seed", type=int, default=1337, help="The same seed gives the same text; sample i uses seed + i.")
-@click.option("--num-samples", type=int, default=1, help="Samples for each prompt, generated as one batch.")
+@click.option("--num-samples", type=click.IntRange(1), default=1, help="Samples for each prompt, in one batch.")
 @click.option("--stop", "stops", multiple=True, help="Stop before this string; repeatable.")
 @click.option("--ignore-end", is_flag=True, help="Continue after <|endoftext|>, which otherwise ends a sample.")
 @click.option(
-    "--stream/--no-stream",
-    default=None,
-    help="Print tokens as they are sampled. [default: on a terminal, for one sample]",
+    "--stream/--no-stream", default=None, help="Print tokens as they come. [default: on a terminal, for one sample]"
 )
 @click.option(
-    "--cache/--no-cache",
-    default=True,
-    help="Use a KV cache. Without it sampling is slow; in float32 the text is the same.",
+    "--cache/--no-cache", "cached", default=True, help="Use a KV cache: faster, and in float32 the same text."
 )
 @click.option("--untrained", is_flag=True, help="Sample from the initial weights of the training.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the text to this file instead of the terminal.")
@@ -63,23 +52,21 @@ def sample(
     kind: str,
     ckpt: Path | None,
     tokenizer_dir: Path | None,
+    untrained: bool,
     device: str,
     dtype: str,
-    num_tokens: int,
     prompts: tuple[str, ...],
     prompt_file: Path | None,
     truncate: bool,
+    num_samples: int,
+    num_tokens: int,
+    ignore_end: bool,
+    stream: bool | None,
+    out: Path | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    seed: int,
-    num_samples: int,
-    stops: tuple[str, ...],
-    ignore_end: bool,
-    stream: bool | None,
-    cache: bool,
-    untrained: bool,
-    out: Path | None,
+    **sampled: Any,
 ) -> None:
     """Sample text from a trained model, or from OpenAI's GPT-2, which is downloaded at first use.
 
@@ -89,33 +76,25 @@ def sample(
           --tokenizer-dir weights/char_tokenizer/RUN/ -n 10000
       picogpt sample gpt2-pretrained --prompt "Once upon a time" --top-k 40 --stop "The End"
     """
-    if num_tokens < 1:
-        raise UsageError(f"-n {num_tokens}: must be 1 or more")
-    if num_samples < 1:
-        raise UsageError(f"--num-samples {num_samples}: must be 1 or more")
-    if prompts and prompt_file is not None:
+    if prompts and prompt_file:
         raise UsageError("give --prompt or --prompt-file, not both")
-
     from picogpt import sample as sampling
     from picogpt import stream as streaming
     from picogpt.files import read_text, write_text
 
     decoding = sampling.Decoding(temperature, top_k, top_p)
     model, tokenizer, _ = load_model(kind, ckpt, tokenizer_dir, untrained)
-    given = prompts or ((read_text(prompt_file),) if prompt_file else ())
-    texts = list(given) or [streaming.first_prompt(tokenizer, kind in PRETRAINED)]
+    given = [read_text(prompt_file)] if prompt_file else list(prompts)
+    texts = given or [streaming.first_prompt(tokenizer, kind in PRETRAINED)]
     texts = [text for text in texts for _ in range(num_samples)]
     ids = [streaming.read_prompt(tokenizer, text, model.config.block_size, truncate) for text in texts]
-    live = stream if stream is not None else out is None and len(texts) == 1 and sys.stdout.isatty()
-    if live and (len(texts) > 1 or out):
-        raise UsageError(
-            "--stream prints one text to the terminal: leave out --num-samples, a second --prompt and --out"
-        )
-
-    def echo(text: str) -> None:
-        click.echo(text, nl=False)
-
-    if live and given:
+    if stream is None:
+        stream = out is None and len(texts) == 1 and sys.stdout.isatty()
+    elif stream and (len(texts) > 1 or out):
+        unwanted = "leave out --num-samples, a second --prompt and --out"
+        raise UsageError(f"--stream prints one text to the terminal: {unwanted}")
+    echo = functools.partial(click.echo, nl=False)
+    if stream and given:
         echo(texts[0])
     model = sampling.prepare(model, device, dtype)
     samples, seconds = streaming.sample_texts(
@@ -124,19 +103,17 @@ def sample(
         ids,
         num_tokens,
         decoding,
-        seed,
-        stops,
-        not ignore_end,
-        cache,
-        echo if live else None,
+        at_end_of_text=not ignore_end,
+        on_text=echo if stream else None,
+        **sampled,
     )
     whole = "\n---\n".join((text if given else "") + made.text for text, made in zip(texts, samples, strict=True))
     if out:
         write_text(out, whole)
     else:
-        click.echo("" if live else whole)
-    made = sum(made.tokens for made in samples)
-    click.echo(f"{made:,} tokens, {made / seconds:,.1f} tokens/s", err=True)
+        click.echo("" if stream else whole)
+    count = sum(made.tokens for made in samples)
+    click.echo(f"{count:,} tokens, {count / seconds:,.1f} tokens/s", err=True)
 
 
 @click.command()
@@ -152,14 +129,10 @@ def evaluate(
     kind: str,
     ckpt: Path | None,
     tokenizer_dir: Path | None,
-    device: str,
-    dtype: str,
     data: Path | None,
-    prompts: tuple[str, ...],
-    num_tokens: int,
-    seed: int,
     out: Path | None,
     optional: bool,
+    **measured: Any,
 ) -> None:
     """Measure the loss of a model on the whole validation text, with the weights in the dtype of sampling.
 
@@ -171,16 +144,17 @@ def evaluate(
     from picogpt import records
     from picogpt.data.corpus import open_data
 
+    dtype = measured["dtype"]
     token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
-    with record_if_unavailable(f"evaluate {kind} {dtype}", out if optional else None):
+    with record_if_unavailable(records.Key("evaluate", kind, dtype=dtype), out if optional else None):
         model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
-    from picogpt.bench import quality
+    from picogpt.bench import measure
 
-    record = quality.measure(kind, model, tokenizer, source, token_data, device, dtype, prompts, num_tokens, seed)
+    record = measure.quality(kind, model, tokenizer, source, token_data, **measured)
     if out:
         records.write(out, record)
     click.echo(f"{source}, {dtype}: validation loss {record['results']['val_loss']:.6f} nats per token")
-    for prompt, text in zip(prompts, record["results"]["texts"], strict=True):
+    for prompt, text in zip(record["config"]["prompts"], record["results"]["texts"], strict=True):
         click.echo(f"---\n{prompt}{text}")
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from picogpt.cli.common import RUN_PATTERN, WEIGHTS, now, require_fitting, size_of, token_folder
-from picogpt.errors import Interrupted, UsageError, launcher
+from picogpt.errors import Interrupted, UsageError
 from picogpt.files import read_text, write_text
+from picogpt.ranks import launcher
 from picogpt.registry import MODELS, settings_class
 
 BATCH = ("train.batch_size", "train.micro_batch_size", "model.block_size")

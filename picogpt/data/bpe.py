@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from picogpt import hardware
-from picogpt.data import assets
+from picogpt.data import fetch
 from picogpt.errors import PicogptError, Unreachable, UsageError
 from picogpt.files import atomic_write, sha256_file
 
@@ -35,18 +35,21 @@ class GPT2Tokenizer:
 
     def __init__(self, ranks_file: str | Path):
         path = Path(ranks_file)
-        expected = assets.find(RANKS)
-        if not assets.is_whole(path, expected):
+        expected = fetch.find(RANKS)
+        if not fetch.is_whole(path, expected):
             found = f"has sha256 {sha256_file(path)}" if path.is_file() else "is not there"
             raise PicogptError(
                 f"{path} {found}; GPT-2's merge ranks have {expected.sha256}: picogpt fetch {RANKS} brings them"
             )
+        self.sha256 = expected.sha256
+        # Not tiktoken.load, which keeps a copy of each file that it reads in the system's temporary folder.
         lines = (line.split() for line in path.read_bytes().splitlines())
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         self.end_of_text: int | None = len(self.ranks)
         self.tiktoken = tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=self.ranks, special_tokens={END_OF_TEXT: len(self.ranks)}
         )
+        self.vocab_size = self.tiktoken.n_vocab
 
     @classmethod
     def fetched(cls, folder: str | Path) -> GPT2Tokenizer:
@@ -55,16 +58,6 @@ class GPT2Tokenizer:
         Raises Unreachable when no source answers.
         """
         return cls(fetch_ranks(folder))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of distinct tokens: 50,257."""
-        return self.tiktoken.n_vocab
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the vocabulary: equal hashes give equal ids."""
-        return assets.find(RANKS).sha256
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a prompt, uint16; `<|endoftext|>` in it is one token. Raises UsageError on broken Unicode."""
@@ -87,28 +80,20 @@ class GPT2Tokenizer:
 
         As `encode_documents`; and while one batch is taken, the next one is read and encoded.
         """
-        end = np.array([len(self.ranks)], dtype=np.uint16)
-
-        def ids_of(pieces: list[tuple[bool, Future[np.ndarray]]]) -> np.ndarray:
-            parts: list[np.ndarray] = []
-            for last, part in pieces:
-                parts += [part.result().astype(np.uint16), end] if last else [part.result().astype(np.uint16)]
-            return np.concatenate(parts)
-
         with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:  # tiktoken releases the GIL
-            ahead: deque[tuple[int, list[tuple[bool, Future[np.ndarray]]]]] = deque()
-            for documents in batches:
-                pieces = [
-                    (last, pool.submit(self.tiktoken.encode_to_numpy, piece, disallowed_special=()))
-                    for document in documents
-                    for last, piece in _pieces(document)
-                ]
-                ahead.append((len(documents), pieces))
-                if len(ahead) > 1:
-                    count, pieces = ahead.popleft()
-                    yield count, ids_of(pieces)
-            for count, pieces in ahead:
-                yield count, ids_of(pieces)
+            begun = (
+                (len(documents), pool.map(self._encode_piece, itertools.chain.from_iterable(map(_pieces, documents))))
+                for documents in batches
+            )
+            # A pair is complete once the batch after it has begun.
+            for (count, parts), _ in itertools.pairwise(itertools.chain(begun, [(0, iter(()))])):
+                yield count, np.concatenate(list(parts))
+
+    def _encode_piece(self, piece: tuple[str, bool]) -> np.ndarray:
+        """The ids of a part of a document, with the end of text behind the last one."""
+        text, is_last = piece
+        ids = self.tiktoken.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        return np.append(ids, np.uint16(len(self.ranks))) if is_last else ids
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of token ids; invalid UTF-8 becomes U+FFFD."""
@@ -124,20 +109,19 @@ def fetch_ranks(folder: str | Path) -> Path:
 
     Raises Unreachable, with the reason for each source, when none answers.
     """
-    target = Path(folder) / assets.find(RANKS).file
-    if assets.is_whole(target, assets.find(RANKS)):
+    expected = fetch.find(RANKS)
+    target = Path(folder) / expected.file
+    if fetch.is_whole(target, expected):
         return target
     try:
-        merges = assets.fetch(MERGES, folder)
+        merges = fetch.fetch(MERGES, folder)
     except Unreachable as no_merges:
         try:
-            return assets.fetch(RANKS, folder)
+            return fetch.fetch(RANKS, folder)
         except Unreachable as no_ranks:
             raise Unreachable(f"{no_merges}\n{no_ranks}") from no_ranks
     with atomic_write(target) as file:
         file.write(ranks_of_merges(merges.read_text(encoding="utf-8")))
-    if not assets.is_whole(target, assets.find(RANKS)):  # cannot happen: the merges have been verified
-        raise PicogptError(f"{merges} does not give the registered merge ranks")
     return target
 
 
@@ -154,21 +138,18 @@ def ranks_of_merges(merges: str) -> bytes:
 @functools.cache
 def byte_characters() -> dict[int, str]:
     """The printable character by which OpenAI's files write each byte, in the order of the first 256 ids."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
-def _pieces(document: str) -> Iterator[tuple[bool, str]]:
-    """(whether it is the last one, text) of parts that encode to the same ids as the whole.
+def _pieces(document: str) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is the last one) of parts that encode to the same ids as the whole.
 
     A cut between a character and the line break after it is safe: no pattern matches across it or looks past it.
     """
     start = 0
-    while len(document) - start > PIECE_CHARACTERS:
-        found = CUT.search(document, start + PIECE_CHARACTERS)
-        if not found:
-            break
-        yield False, document[start : found.start()]
+    while found := CUT.search(document, start + PIECE_CHARACTERS):
+        yield document[start : found.start()], False
         start = found.start()
-    yield True, document[start:]
+    yield document[start:], True

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from picogpt.data import fetch
 from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer
 from picogpt.data.shards import MANIFEST, open_shards
-from picogpt.data.tokenizers import CharTokenizer, Tokenizer
-from picogpt.data.tokens import SPLITS, VERSION, Header, TokenData, open_tokens, write_tokens
-from picogpt.errors import PicogptError
+from picogpt.data.tokenizers import CharTokenizer
+from picogpt.data.tokens import SPLITS, Header, TokenData, hash_of_parts, hash_of_texts, open_tokens, write_tokens
+from picogpt.errors import PicogptError, UsageError
 from picogpt.files import exclusive_lock, read_text, sha256_file
 
 
@@ -27,12 +28,32 @@ def open_data(folder: str | Path) -> TokenData:
     if next(Path(folder).glob("train-*.bin"), None) and not (Path(folder) / "train.bin").exists():
         raise PicogptError(f"{folder} has shards that were not joined: picogpt tokenize fineweb-edu --join N does it")
     train, val = (open_tokens(Path(folder) / f"{split}.bin") for split in SPLITS)
-    for field in ("vocab_size", "text_sha256", "tokenizer_sha256", "data_sha256"):
-        if getattr(train.header, field) != getattr(val.header, field):
-            raise PicogptError(
-                f"{train.path} and {val.path} come from different texts, splits or tokenizers: {field} differs"
-            )
+    same = train.header.model_dump(include={"vocab_size", "text_sha256", "tokenizer_sha256", "data_sha256"})
+    if wrong := val.header.difference(**same):
+        raise PicogptError(
+            f"{val.path} comes from another text, split or tokenizer than {train.path}: {wrong}; tokenize the text again"
+        )
     return TokenData(train, val)
+
+
+def first_corpus(folder: Path) -> Path:
+    """The first registered corpus that is in `folder`. Raises UsageError when none is."""
+    for asset in fetch.registry().values():
+        if asset.kind == "corpus" and (folder / asset.file).exists():
+            return folder / asset.file
+    raise UsageError(f"no corpus is in {folder}/: run picogpt fetch tinyshakespeare, or pass --text FILE")
+
+
+def name_of(texts: Sequence[Path], chosen: str | None) -> str:
+    """The name of a corpus in all results: `chosen`, or its registered one, or that of the first file.
+
+    Raises UsageError when it is the name of a registered corpus and the text is another.
+    """
+    registered = fetch.identify(sha256_file(texts[0])) if len(texts) == 1 and texts[0].is_file() else None
+    name = chosen or registered or texts[0].stem
+    if name != registered and name in fetch.registry():
+        raise UsageError(f"{texts[0]} is not the registered {name}, whose name it bears: name yours with --corpus")
+    return name
 
 
 def tokenize_chars(
@@ -51,8 +72,9 @@ def tokenize_chars(
     """
     train, val = _split(text_path, val_fraction)
     tokenizer = CharTokenizer.from_text(train)
-    known = set(tokenizer.characters)
-    unseen = Counter(character for character in val if character not in known)
+    unseen = Counter(val)
+    for character in tokenizer.characters:
+        del unseen[character]
     if unseen and not drop_unseen:
         listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
         raise PicogptError(
@@ -63,9 +85,7 @@ def tokenize_chars(
     if len(val) < 2:
         raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
     parts = [tokenizer.encode(part) for part in (train, val)]
-    return _write(
-        folder, parts, tokenizer, corpus or Path(text_path).stem, sha256_file(text_path), lambda: tokenizer.save(folder)
-    )
+    return _write(folder, parts, tokenizer, corpus or Path(text_path).stem, sha256_file(text_path))
 
 
 def tokenize_gpt2(
@@ -83,14 +103,11 @@ def tokenize_gpt2(
 
     Raises PicogptError when a text is empty, not UTF-8, or too short to split.
     """
-    trains, vals = zip(*(_split(path, val_fraction) for path in text_paths), strict=True)
-    parts = [
-        tokenizer.encode_documents([document for text in texts for document in text.split(END_OF_TEXT)], threads)
-        for texts in (trains, vals)
-    ]
-    hashes = [sha256_file(path) for path in text_paths]
-    text_sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return _write(folder, parts, tokenizer, corpus or Path(text_paths[0]).stem, text_sha256, lambda: None)
+    splits = zip(*(_split(path, val_fraction) for path in text_paths), strict=True)
+    documents = ([document for text in texts for document in text.split(END_OF_TEXT)] for texts in splits)
+    parts = [tokenizer.encode_documents(some, threads) for some in documents]
+    text_sha256 = hash_of_texts([sha256_file(path) for path in text_paths])
+    return _write(folder, parts, tokenizer, corpus or Path(text_paths[0]).stem, text_sha256)
 
 
 def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
@@ -107,26 +124,24 @@ def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
 def _write(
     folder: str | Path,
     parts: Sequence[np.ndarray],
-    tokenizer: Tokenizer,
+    tokenizer: CharTokenizer | GPT2Tokenizer,
     corpus: str,
     text_sha256: str,
-    save_tokenizer: Callable[[], None],
 ) -> TokenData:
-    """Write the token files of both splits and the tokenizer's own file into `folder`."""
-    data_sha256 = hashlib.sha256(b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in parts)).hexdigest()
+    """Write the token files of both splits, and the tokenizer of characters, into `folder`."""
+    data_sha256 = hash_of_parts(hashlib.sha256(ids.tobytes()).hexdigest() for ids in parts)
     with exclusive_lock(folder, "tokenizing"):
         for split, ids in zip(SPLITS, parts, strict=True):
             header = Header(
-                version=VERSION,
                 dtype=ids.dtype.name,
                 vocab_size=tokenizer.vocab_size,
-                count=len(ids),
                 split=split,
                 corpus=corpus,
                 text_sha256=text_sha256,
                 tokenizer_sha256=tokenizer.sha256,
                 data_sha256=data_sha256,
             )
-            write_tokens(Path(folder) / f"{split}.bin", ids, header)
-        save_tokenizer()
+            write_tokens(Path(folder) / f"{split}.bin", header, [(1, ids)])
+        if isinstance(tokenizer, CharTokenizer):
+            tokenizer.save(folder)
     return open_data(folder)

@@ -8,18 +8,17 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import Field
 
-from picogpt import hub
-from picogpt.config import Settings, config_folder, parse, read_yaml
+from picogpt.config import Settings
 from picogpt.data import shards
-from picogpt.data.assets import File, is_whole
 from picogpt.data.bpe import GPT2Tokenizer
-from picogpt.data.tokens import VERSION, Header, TokenData, streaming
+from picogpt.data.fetch import File, HubFile, is_whole, obtain, read_registry
+from picogpt.data.tokens import Header, TokenData, write_tokens
 from picogpt.errors import PicogptError, UsageError
 from picogpt.files import exclusive_lock, sha256_file
 from picogpt.progress import Encoding
@@ -53,18 +52,14 @@ class Dataset(Settings):
 @functools.cache
 def dataset() -> Dataset:
     """The registered data set."""
-    path = config_folder() / "fineweb.yaml"
-    return parse(Dataset, read_yaml(path)[NAME], f"{path}, {NAME}")
+    return read_registry("fineweb.yaml", Dataset)[NAME]
 
 
-def parquet(number: int) -> hub.HubFile:
+def parquet(number: int) -> HubFile:
     """The parquet file of a shard. Raises UsageError when there is no such shard."""
-    data = dataset()
-    shard = _shard(number)
-    command = f"picogpt fetch {NAME} --shard {number}"
-    return hub.HubFile(
-        data.repository, f"{data.folder}/{shard.file}", data.revision, shard.sha256, command, kind="dataset"
-    )
+    data, shard = dataset(), _shard(number)
+    path, command = f"{data.folder}/{shard.file}", f"picogpt fetch {NAME} --shard {number}"
+    return HubFile(data.repository, path, data.revision, shard.sha256, command, repo_type="dataset")
 
 
 def tokenize(
@@ -84,25 +79,22 @@ def tokenize(
     Raises Unreachable when the text is not here, PicogptError when it is another or cannot be read.
     """
     shard, folder = _shard(number), Path(folder)
-    path, val = folder / shards.shard_file(number), folder / shards.VAL
+    path = folder / shards.shard_file(number)
     held_out = val_documents if number == 0 else 0
     header = Header(
-        version=VERSION,
-        dtype="uint16",
         vocab_size=tokenizer.vocab_size,
-        count=0,
         split="train",
         corpus=NAME,
         text_sha256=shard.sha256,
         tokenizer_sha256=tokenizer.sha256,
-        data_sha256="",
         first_document=held_out,
     )
-    val_header = replace(header, split="val", first_document=0, documents=held_out)
+    val_header = header.model_copy(update={"split": "val", "first_document": 0, "documents": held_out})
+    headers = {folder / shards.VAL: val_header, path: header} if held_out else {path: header}
     with exclusive_lock(folder, f"tokenizing shard {number}", f".{path.name}.lock"):
-        if shards.is_whole(path, header) and (not held_out or shards.is_whole(val, val_header)):
+        if all(shards.is_whole(part, expected) for part, expected in headers.items()):
             return path
-        source = hub.obtain(parquet(number), cached_only=True) if file is None else _verified(Path(file), shard)
+        source = obtain(parquet(number), cached_only=True) if file is None else _verified(Path(file), shard)
         table = _open(source)
         total = table.metadata.num_rows
         if held_out >= total:
@@ -111,18 +103,20 @@ def tokenize(
             )
         documents = _documents(table, source)
         with Encoding(f"{NAME} shard {number}", total) as bar:
-
-            def write(path: Path, header: Header, some: Iterator[str]) -> None:
-                batches = iter(lambda: list(itertools.islice(some, DOCUMENTS_AT_ONCE)), [])
-                with streaming(path, header) as stream:
-                    for count, ids in tokenizer.encode_batches(batches, threads):
-                        stream.append(ids, count)
-                        bar.advance(count, len(ids))
-
-            if held_out:
-                write(val, val_header, itertools.islice(documents, held_out))
-            write(path, header, documents)
+            for part, expected in headers.items():
+                some = itertools.islice(documents, expected.documents)  # all that are left, for training
+                write_tokens(part, expected, _encoded(some, tokenizer, threads, bar))
     return path
+
+
+def _encoded(
+    documents: Iterator[str], tokenizer: GPT2Tokenizer, threads: int, bar: Encoding
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The ids of the documents in batches, each with its number of documents; shows the progress on `bar`."""
+    batches = iter(lambda: list(itertools.islice(documents, DOCUMENTS_AT_ONCE)), [])
+    for count, ids in tokenizer.encode_batches(batches, threads):
+        bar.advance(count, len(ids))
+        yield count, ids
 
 
 def join(folder: str | Path, count: int) -> TokenData:
@@ -132,22 +126,18 @@ def join(folder: str | Path, count: int) -> TokenData:
 
 
 def _shard(number: int) -> File:
-    shards_there = dataset().shards
-    if not 0 <= number < len(shards_there):
-        raise UsageError(
-            f"{NAME} has {len(shards_there)} shards, 0 to {len(shards_there) - 1}: there is no shard {number}"
-        )
-    return shards_there[number]
+    registered = dataset().shards
+    if not 0 <= number < len(registered):
+        raise UsageError(f"{NAME} has {len(registered)} shards, 0 to {len(registered) - 1}: there is no shard {number}")
+    return registered[number]
 
 
 def _verified(path: Path, shard: File) -> Path:
     """`path`, when it holds the bytes of `shard`."""
-    if not path.is_file():
-        raise PicogptError(f"{path} is not there: it should hold {shard.file} of {NAME}")
     if not is_whole(path, shard):
+        found = f"{path.stat().st_size:,} bytes, sha256 {sha256_file(path)}" if path.is_file() else "it is not there"
         raise PicogptError(
-            f"{path} is another file than {shard.file} of {NAME}: {path.stat().st_size:,} bytes, sha256"
-            f" {sha256_file(path)}; expected {shard.size:,} bytes, {shard.sha256}"
+            f"{path} is not {shard.file} of {NAME}: {found}; expected {shard.size:,} bytes, sha256 {shard.sha256}"
         )
     return path
 

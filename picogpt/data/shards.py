@@ -13,7 +13,6 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from picogpt.config import Settings
-from picogpt.data.tokens import VERSION, Header, TokenData, TokenFile, open_tokens
+from picogpt.data.tokens import Header, TokenData, TokenFile, first_mistake, hash_of_parts, hash_of_texts, open_tokens
 from picogpt.errors import PicogptError
 from picogpt.files import exclusive_lock, read_text, write_text
 from picogpt.progress import counting
@@ -51,9 +50,9 @@ class Part(Settings):
 class Manifest(Settings):
     """All token files of a sharded corpus, in the order of the shards."""
 
-    version: Literal[1]
+    version: Literal[1] = 1
     corpus: str
-    dtype: str
+    dtype: Literal["uint8", "uint16", "uint32"]
     vocab_size: int
     tokenizer_sha256: str = Field(pattern=HASH)
     data_sha256: str = Field(pattern=HASH, description="hash of the hashes of all parts, val last")
@@ -62,18 +61,28 @@ class Manifest(Settings):
 
     def header(self) -> Header:
         """The header that a single file with all training tokens would have."""
-        sources = [part.source_sha256 for part in self.train]
         return Header(
-            version=VERSION,
-            dtype=self.dtype,
-            vocab_size=self.vocab_size,
-            count=sum(part.count for part in self.train),
             split="train",
-            corpus=self.corpus,
-            text_sha256=sources[0] if len(sources) == 1 else hashlib.sha256("".join(sources).encode()).hexdigest(),
-            tokenizer_sha256=self.tokenizer_sha256,
-            data_sha256=self.data_sha256,
+            count=sum(part.count for part in self.train),
+            text_sha256=hash_of_texts([part.source_sha256 for part in self.train]),
+            **self.model_dump(include={"dtype", "vocab_size", "corpus", "tokenizer_sha256", "data_sha256"}),
         )
+
+    def open(self, part: Part, folder: Path) -> TokenFile:
+        """Open one of the files. Raises PicogptError, naming it, when it is not the one that was joined."""
+        tokens = open_tokens(folder / part.file, check=False)
+        wrong = tokens.header.difference(
+            count=part.count,
+            data_sha256=part.sha256,
+            text_sha256=part.source_sha256,
+            **self.model_dump(include={"dtype", "vocab_size", "tokenizer_sha256"}),
+        )
+        if wrong:
+            raise PicogptError(
+                f"{tokens.path} is not the file that {folder / MANIFEST} lists: {wrong}; tokenize its shard again, and"
+                " join the shards"
+            )
+        return tokens
 
 
 class ShardedTokens:
@@ -144,24 +153,18 @@ def open_shards(folder: str | Path) -> TokenData:
     try:
         manifest = Manifest.model_validate_json(read_text(path))
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise PicogptError(
-            f"{path} is no whole manifest ({where}: {error.errors()[0]['msg']}): join the shards again"
-        ) from error
-    if manifest.data_sha256 != _sha256(manifest.train, manifest.val):
+        raise PicogptError(f"{path} is no whole manifest ({first_mistake(error)}): join the shards again") from error
+    if manifest.data_sha256 != hash_of_parts(part.sha256 for part in (*manifest.train, manifest.val)):
         raise PicogptError(f"{path} was changed: data_sha256 is not that of the files it lists; join the shards again")
     here = set(os.listdir(folder))
-    missing = [part.file for part in manifest.train if part.file not in here]
-    if missing:
+    if missing := [part.file for part in manifest.train if part.file not in here]:
         raise PicogptError(f"{folder / missing[0]} is not there, and {path} lists it: tokenize its shard again")
-
-    def open_part(index: int) -> TokenFile:
-        return _open(folder, manifest.train[index], manifest)
-
-    train = TokenFile(path, manifest.header(), ShardedTokens([part.count for part in manifest.train], open_part))
-    val = _open(folder, manifest.val, manifest)
+    ids = ShardedTokens(
+        [part.count for part in manifest.train], lambda index: manifest.open(manifest.train[index], folder)
+    )
+    val = manifest.open(manifest.val, folder)
     val.check(val.ids[:])  # evaluation reads all of it; training batches are checked one by one
-    return TokenData(train, val)
+    return TokenData(TokenFile(path, manifest.header(), ids), val)
 
 
 def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) -> TokenData:
@@ -173,109 +176,55 @@ def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) ->
     """
     folder = Path(folder)
     with exclusive_lock(folder, "joining shards"), counting("checking", len(sources) + 1) as advance:
-        parts: list[tuple[Part, Header]] = []
-        for number, source in [(0, sources[0]), *enumerate(sources)]:
-            path = folder / (shard_file(number) if parts else VAL)
-            parts.append(_inspect(path, number, *source))
-            _require_same(path, parts[-1][1], folder / VAL, parts[0][1], corpus)
+        val, header = _inspect(folder / VAL, 0, sources[0], corpus=corpus, first_document=0)
+        advance(1)
+        same = header.model_dump(include={"corpus", "tokenizer_sha256", "vocab_size", "dtype"})
+        train = []
+        for number, source in enumerate(sources):
+            first = 0 if number else val.documents
+            part, _ = _inspect(folder / shard_file(number), number, source, first_document=first, **same)
+            train.append(part)
             advance(1)
-        (val, header), *rest = parts
-        train = [part for part, _ in rest]
-        for part in train:
-            expected = val.documents if part is train[0] else 0
-            if part.first_document != expected:
-                raise PicogptError(
-                    f"{folder / part.file} begins at document {part.first_document} of {part.source}, and with the"
-                    f" {val.documents} of {folder / VAL} it would be {expected}: tokenize that shard again"
-                )
-        manifest = Manifest(
-            version=1,
-            corpus=corpus,
-            dtype=header.dtype,
-            vocab_size=header.vocab_size,
-            tokenizer_sha256=header.tokenizer_sha256,
-            data_sha256=_sha256(train, val),
-            train=train,
-            val=val,
-        )
+        data_sha256 = hash_of_parts(part.sha256 for part in (*train, val))
+        manifest = Manifest(data_sha256=data_sha256, train=train, val=val, **same)
         write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return open_shards(folder)
 
 
 def is_whole(path: Path, expected: Header) -> bool:
-    """Whether `path` is an undamaged token file with this source, tokenizer, corpus and these documents."""
-    if not path.exists():
-        return False
+    """Whether `path` is an undamaged token file with all the fields that are known in the `expected` header."""
     try:
         tokens = open_tokens(path, check=False)
     except PicogptError:
         return False
-    header = tokens.header
-    documents = header.documents if expected.documents is None else expected.documents
-    whole = replace(expected, count=header.count, documents=documents, data_sha256=_hash_of_ids(tokens))
-    return header == whole
+    known = expected.model_dump(exclude={"count", "data_sha256"}, exclude_none=True)
+    return not tokens.header.difference(**known, data_sha256=_hash_of_ids(tokens))
 
 
-def _inspect(path: Path, number: int, source: str, source_sha256: str) -> tuple[Part, Header]:
-    """The manifest's entry for a token file, and the file's header."""
+def _inspect(path: Path, number: int, source: tuple[str, str], **expected: object) -> tuple[Part, Header]:
+    """The manifest's entry for a token file, and the file's header, which must have the `expected` fields."""
     if not path.exists():
         raise PicogptError(f"{path} is not there: tokenize shard {number}")
+    name, sha256 = source
     tokens = open_tokens(path, check=False)
     header = tokens.header
-    if header.first_document is None or header.documents is None:
-        raise PicogptError(f"{path} is no token file of a shard: tokenize shard {number} into this folder")
-    if header.text_sha256 != source_sha256:
+    wrong = header.difference(text_sha256=sha256, **expected)
+    if wrong or header.documents is None:
         raise PicogptError(
-            f"{path} was made from another file than {source}: sha256 {header.text_sha256}, expected {source_sha256};"
-            f" tokenize shard {number} again"
+            f"{path} is not shard {number} of this corpus, made from {name}: {wrong or 'its documents are not counted'};"
+            f" tokenize shard {number} again into this folder"
         )
     if header.data_sha256 != _hash_of_ids(tokens):
         raise PicogptError(f"{path} is damaged: its ids are not those that were written; tokenize shard {number} again")
     part = Part(
         file=path.name,
-        count=header.count,
-        first_document=header.first_document,
-        documents=header.documents,
         sha256=header.data_sha256,
-        source=source,
-        source_sha256=source_sha256,
+        source=name,
+        source_sha256=sha256,
+        **header.model_dump(include={"count", "first_document", "documents"}),
     )
     return part, header
 
 
-def _require_same(path: Path, header: Header, other_path: Path, other: Header, corpus: str) -> None:
-    """Raises PicogptError when two files belong to different corpora."""
-    if header.corpus != corpus:
-        raise PicogptError(f"{path} is of the corpus {header.corpus}, not {corpus}: tokenize it into another folder")
-    for field in ("tokenizer_sha256", "vocab_size", "dtype"):
-        if getattr(header, field) != getattr(other, field):
-            raise PicogptError(f"{path} and {other_path} come from different tokenizers: {field} differs")
-
-
-def _open(folder: Path, part: Part, manifest: Manifest) -> TokenFile:
-    """Open a file of the manifest. Raises PicogptError, naming it, when it is not the one that was joined."""
-    tokens = open_tokens(folder / part.file, check=False)
-    header = tokens.header
-    for name, found, expected in (
-        ("count", header.count, part.count),
-        ("data_sha256", header.data_sha256, part.sha256),
-        ("text_sha256", header.text_sha256, part.source_sha256),
-        ("tokenizer_sha256", header.tokenizer_sha256, manifest.tokenizer_sha256),
-        ("vocab_size", header.vocab_size, manifest.vocab_size),
-        ("dtype", header.dtype, manifest.dtype),
-    ):
-        if found != expected:
-            raise PicogptError(
-                f"{tokens.path} is not the file that {folder / MANIFEST} lists: its {name} is {found}, not {expected};"
-                " tokenize its shard again, and join the shards"
-            )
-    return tokens
-
-
 def _hash_of_ids(tokens: TokenFile) -> str:
     return hashlib.sha256(tokens.ids[:]).hexdigest()
-
-
-def _sha256(train: Sequence[Part], val: Part) -> str:
-    """Hash of all ids; for a single shard the same as that of `train.bin` and `val.bin` with the same ids."""
-    return hashlib.sha256(b"".join(bytes.fromhex(part.sha256) for part in (*train, val))).hexdigest()

@@ -20,30 +20,21 @@ VERSION = 1
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
+    vocab_size: int
+    """Number of distinct tokens."""
+    sha256: str
+    """Identity of the vocabulary: equal hashes give equal ids."""
     end_of_text: int | None
     """The id that ends a document; None if the vocabulary has none."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of distinct tokens."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the vocabulary: equal hashes give equal ids."""
-        ...
-
     def encode(self, text: str) -> np.ndarray:
         """Token ids. Raises UsageError when the text has characters that the vocabulary lacks."""
-        ...
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of token ids."""
-        ...
 
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
         """UTF-8 bytes of token ids; a token may end inside a character."""
-        ...
 
 
 class CharTokenizer:
@@ -52,10 +43,11 @@ class CharTokenizer:
     end_of_text: int | None = None
 
     def __init__(self, characters: str):
-        self.characters = characters
-        self._points = np.array([ord(character) for character in characters], dtype=np.uint32)
-        if len(characters) == 0 or (np.diff(self._points.astype(np.int64)) <= 0).any():
+        if not characters or list(characters) != sorted(set(characters)):
             raise PicogptError("a character tokenizer needs distinct characters in the order of their code points")
+        self.characters, self.vocab_size = characters, len(characters)
+        self.sha256 = hashlib.sha256(characters.encode()).hexdigest()
+        self._points = _code_points(characters)
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
@@ -72,12 +64,12 @@ class CharTokenizer:
         path = Path(folder) / FILE_NAME
         try:
             tree = json.loads(read_text(path))
-            if (tree["format"], tree["version"]) != (FORMAT, VERSION):
-                raise PicogptError(
-                    f"{path} is {tree['format']} version {tree['version']}; this picogpt reads {FORMAT} version {VERSION}"
+            if (found := (tree["format"], tree["version"])) != (FORMAT, VERSION):
+                raise ValueError(
+                    f"it is {found[0]} version {found[1]}, and this picogpt reads {FORMAT} version {VERSION}"
                 )
             return cls("".join(tree["characters"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise PicogptError(
                 f"{path} is not a character tokenizer ({error}): picogpt tokenize char makes one"
             ) from error
@@ -87,22 +79,12 @@ class CharTokenizer:
         tree = {"format": FORMAT, "version": VERSION, "characters": list(self.characters)}
         write_text(Path(folder) / FILE_NAME, json.dumps(tree, indent=1) + "\n")
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of distinct tokens."""
-        return len(self.characters)
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the vocabulary: equal hashes give equal ids."""
-        return hashlib.sha256(self.characters.encode()).hexdigest()
-
     def encode(self, text: str) -> np.ndarray:
         """Token ids, shape (len(text),), of the smallest unsigned dtype.
 
         Raises UsageError naming the characters that the vocabulary lacks.
         """
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        points = _code_points(text)
         ids = np.minimum(np.searchsorted(self._points, points), self.vocab_size - 1)
         unknown = self._points[ids] != points
         if unknown.any():
@@ -120,3 +102,7 @@ class CharTokenizer:
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
         """UTF-8 of the text of token ids."""
         return self.decode(ids).encode()
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

@@ -2,55 +2,61 @@
 
 8 bytes   magic "PICOGPT\\n"
 4 bytes   length of the header, little endian
-header    JSON: version, dtype, vocab_size, count, split, corpus, three hashes, documents; padded with spaces
+header    JSON: the fields of `Header`, padded with spaces
 ids       `count` values of `dtype`, beginning at a multiple of 64 bytes
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Literal
 
 import numpy as np
+from pydantic import Field, ValidationError
 
+from picogpt.config import Settings
 from picogpt.data.sampler import Ids
 from picogpt.errors import PicogptError
 from picogpt.files import atomic_write
 
 MAGIC = b"PICOGPT\n"
-VERSION = 1
 ALIGNMENT = 64
 LARGEST_HEADER = 1 << 16
-DTYPES = ("uint8", "uint16", "uint32")
+HEADER_GROWTH = 128
+"""Bytes that the header may grow by while the ids are written: two numbers and a hash."""
 SPLITS = ("train", "val")
 # Larger files are not checked at the start, which would take too long; their batches are checked one by one.
 CHECKED_COUNT = 1 << 26
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(Settings):
     """The header of a token file."""
 
-    version: int
-    dtype: str
-    vocab_size: int
-    count: int
+    version: Literal[1] = 1
+    dtype: Literal["uint8", "uint16", "uint32"] = "uint16"
+    vocab_size: int = Field(ge=1)
+    count: int = Field(0, ge=0)
     split: str
     corpus: str
     text_sha256: str
     tokenizer_sha256: str
-    data_sha256: str
+    data_sha256: str = ""
     """Hash of the ids of both splits: files that belong together have the same, and a run knows its data by it.
     In a file of a shard: of the ids in it; the manifest has the hash of all."""
     first_document: int | None = None
     """In a file of a shard: the index of its first document in the source."""
     documents: int | None = None
     """In a file of a shard: the number of documents, each terminated by `<|endoftext|>`."""
+
+    def difference(self, **expected: object) -> str:
+        """The first field that is not as expected, as in "its count is 3, not 5"; "" when all are."""
+        for field, value in expected.items():
+            if (found := getattr(self, field)) != value:
+                return f"its {field} is {found}, not {value}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,9 @@ class TokenFile:
 
     def check(self, ids: np.ndarray) -> None:
         """Raises PicogptError when one of `ids`, any shape, is not in the vocabulary."""
-        if ids.size and int(ids.max()) >= self.header.vocab_size:
+        if ids.size and (largest := int(ids.max())) >= self.header.vocab_size:
             raise PicogptError(
-                f"{self.path} holds the id {int(ids.max())} in a vocabulary of {self.header.vocab_size}:"
-                " tokenize the text again"
+                f"{self.path} holds the id {largest} in a vocabulary of {self.header.vocab_size}: tokenize the text again"
             )
 
 
@@ -87,65 +92,31 @@ class TokenData:
         header = self.train.header
         return {
             "name": header.corpus,
-            "text_sha256": header.text_sha256,
-            "tokenizer_sha256": header.tokenizer_sha256,
-            "data_sha256": header.data_sha256,
+            **header.model_dump(include={"text_sha256", "tokenizer_sha256", "data_sha256"}),
             "train_tokens": header.count,
             "val_tokens": self.val.header.count,
         }
 
 
-def write_tokens(path: str | Path, ids: np.ndarray, header: Header) -> None:
-    """Write a token file atomically."""
+def write_tokens(path: str | Path, header: Header, parts: Iterable[tuple[int, np.ndarray]]) -> None:
+    """Write a token file of any length, atomically; each of `parts` is a number of documents and their ids, shape (N,).
+
+    `count`, and in a file of a shard `documents` and `data_sha256`, are set in the header, which is written last.
+    """
+    length = len(_json(header)) + HEADER_GROWTH
+    length += -(len(MAGIC) + 4 + length) % ALIGNMENT
+    count, documents, digest = 0, 0, hashlib.sha256()
     with atomic_write(path) as file:
-        file.write(_head(header))
-        file.write(_bytes(ids, header))
-
-
-class TokenStream:
-    """A token file that is being written in parts; the header is written last."""
-
-    def __init__(self, file: IO[bytes], header: Header):
-        self._file, self._header, self._hash = file, header, hashlib.sha256()
-        self.count = self.documents = 0
-        largest = replace(header, count=1 << 62, documents=1 << 62, data_sha256="0" * 64)
-        self._room = len(_head(largest))
-        file.write(bytes(self._room))
-
-    def append(self, ids: np.ndarray, documents: int) -> None:
-        """Write the ids of so many documents."""
-        part = _bytes(ids, self._header)
-        self._file.write(part)
-        self._hash.update(part)
-        self.count += len(ids)
-        self.documents += documents
-
-    def finish(self) -> Header:
-        """Write the header."""
-        header = replace(self._header, count=self.count, documents=self.documents, data_sha256=self._hash.hexdigest())
-        self._file.seek(0)
-        self._file.write(_head(header, self._room))
-        return header
-
-
-@contextmanager
-def streaming(path: str | Path, header: Header) -> Iterator[TokenStream]:
-    """Write a token file of any length in parts; `header` has all fields but count, documents and data_sha256."""
-    with atomic_write(path) as file:
-        stream = TokenStream(file, header)
-        yield stream
-        stream.finish()
-
-
-def _head(header: Header, room: int = 0) -> bytes:
-    """The bytes before the ids: at least `room` of them, a multiple of 64."""
-    text, start = json.dumps(asdict(header)).encode(), len(MAGIC) + 4
-    text = text.ljust(max(room - start, len(text) + -(start + len(text)) % ALIGNMENT))
-    return MAGIC + len(text).to_bytes(4, "little") + text
-
-
-def _bytes(ids: np.ndarray, header: Header) -> bytes:
-    return np.ascontiguousarray(ids, dtype=np.dtype(header.dtype).newbyteorder("<")).tobytes()
+        file.seek(len(MAGIC) + 4 + length)
+        for more, ids in parts:
+            content = ids.astype(_little_endian(header)).tobytes()
+            file.write(content)
+            digest.update(content)
+            count, documents = count + len(ids), documents + more
+        known = {"count": count, "documents": documents, "data_sha256": digest.hexdigest()}
+        header = header.model_copy(update=known if header.first_document is not None else {"count": count})
+        file.seek(0)
+        file.write(MAGIC + length.to_bytes(4, "little") + _json(header).ljust(length))
 
 
 def open_tokens(path: str | Path, check: bool = True) -> TokenFile:
@@ -164,25 +135,41 @@ def open_tokens(path: str | Path, check: bool = True) -> TokenFile:
     except OSError as error:
         raise PicogptError(f"cannot read the token file {path}: {error.strerror}; picogpt tokenize makes it") from error
     try:
-        tree = json.loads(text)
-        if tree["version"] != VERSION:
-            raise PicogptError(
-                f"{path} has version {tree['version']} and this picogpt reads version {VERSION}: tokenize the text again"
-            )
-        header = Header(**tree)
-        if header.dtype not in DTYPES or header.count < 0 or header.vocab_size < 1:
-            raise ValueError(f"dtype {header.dtype}, count {header.count}, vocab_size {header.vocab_size}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise PicogptError(f"{path} has a damaged header ({error}): tokenize the text again") from error
-    dtype = np.dtype(header.dtype).newbyteorder("<")
-    start = len(MAGIC) + 4 + length
-    if size != start + header.count * dtype.itemsize:
+        header = Header.model_validate_json(text)
+    except ValidationError as error:
+        raise PicogptError(f"{path} has a damaged header ({first_mistake(error)}): tokenize the text again") from error
+    dtype, start = _little_endian(header), len(MAGIC) + 4 + length
+    if size != (expected := start + header.count * dtype.itemsize):
         raise PicogptError(
-            f"{path} holds {size:,} bytes where its header promises {start + header.count * dtype.itemsize:,}:"
-            " it was cut short or changed; tokenize the text again"
+            f"{path} holds {size:,} bytes where its header promises {expected:,}: it was cut short or changed; tokenize"
+            " the text again"
         )
-    ids = np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(header.count,))
-    tokens = TokenFile(path, header, ids)
+    tokens = TokenFile(path, header, np.memmap(path, dtype, mode="r", offset=start, shape=(header.count,)))
     if check and header.count <= CHECKED_COUNT:
-        tokens.check(ids)
+        tokens.check(tokens.ids[:])
     return tokens
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first key that pydantic rejects, with its value and the reason."""
+    detail = error.errors()[0]
+    value = "" if detail["type"] in ("missing", "json_invalid") else f"={detail['input']!r}"
+    return f"{'.'.join(map(str, detail['loc']))}{value}: {detail['msg']}"
+
+
+def hash_of_parts(hashes: Iterable[str]) -> str:
+    """Hash of all ids of a corpus, from the hashes of its files."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, hashes))).hexdigest()
+
+
+def hash_of_texts(hashes: Sequence[str]) -> str:
+    """Hash of all texts of a corpus, from the hash of each."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _json(header: Header) -> bytes:
+    return header.model_dump_json().encode()
+
+
+def _little_endian(header: Header) -> np.dtype:
+    return np.dtype(header.dtype).newbyteorder("<")

@@ -52,7 +52,7 @@ def use(
         model.loss = MethodType(mean_loss, model)  # type: ignore[method-assign]
 
 
-def specialize(model: GPT2, layer: type[Int8Linear] | type[PackedLinear] | type[Bfloat16Linear]) -> GPT2:
+def specialize(model: GPT2, layer: type[Bfloat16Linear] | type[PackedLinear]) -> GPT2:
     """Replace every linear layer of a GPT-2 by `layer`, in place, and the output layer by one with its own copy of the table."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -218,32 +218,43 @@ ATTENTION: dict[str, Any] = {
 LOSSES: dict[str, Any] = {"plain": GPT2.loss, "padded": padded_loss, "fused": fused_loss}
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights and one scale per output, for sampling: 77 tokens/s on a CPU, float32 37.
-
-    Inputs and outputs are bfloat16.
-    """
+class Bfloat16Linear(nn.Module):
+    """A linear layer in bfloat16 for a CPU without instructions for it: 16 rows take 1.8 ms, by torch's product 4.3."""
 
     weight: torch.Tensor
-    scale: torch.Tensor
     bias: torch.Tensor | None
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
-        scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
-        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))  # (out, in)
-        self.register_buffer("scale", scale.bfloat16())
+        self.register_buffer("weight", weight.detach())  # (out, in)
         self.register_buffer("bias", None if bias is None else bias.detach().bfloat16())
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows (N, in), bfloat16, times weight': (N, out)."""
+        return bfloat16_product(rows, self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), bfloat16."""
-        rows = x.reshape(-1, x.size(-1)).bfloat16()
-        if len(rows) <= FEW_ROWS and rows.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:
-            y = bfloat16_product(rows, self.weight.bfloat16()) * self.scale
+        y = self.product(x.reshape(-1, x.size(-1)).bfloat16())
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
+
+
+class Int8Linear(Bfloat16Linear):
+    """A linear layer with int8 weights and one scale per output, for sampling: 77 tokens/s on a CPU, float32 37."""
+
+    scale: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
+        super().__init__((weight.float() / scale[:, None]).round().to(torch.int8), bias)
+        self.register_buffer("scale", scale.bfloat16())
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows (N, in), bfloat16, times weight': (N, out)."""
+        if len(rows) <= FEW_ROWS and rows.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):
+            return torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        return bfloat16_product(rows, self.weight.bfloat16()) * self.scale
 
 
 class PackedLinear(nn.Module):
@@ -257,24 +268,6 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
-
-
-class Bfloat16Linear(nn.Module):
-    """A linear layer in bfloat16 for a CPU without instructions for it: 16 rows take 1.8 ms, by torch's product 4.3."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        super().__init__()
-        self.register_buffer("weight", weight.detach())  # (out, in)
-        self.register_buffer("bias", None if bias is None else bias.detach())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., out)."""
-        y = bfloat16_product(x.reshape(-1, x.size(-1)), self.weight)
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
 
 
 def bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

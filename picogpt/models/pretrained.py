@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from picogpt import hub, models
+from picogpt import models
 from picogpt.config import GPT2Config, ModelConfig
+from picogpt.data import fetch
 from picogpt.errors import PicogptError, UsageError
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel, check_tensors, shapes_only
@@ -23,13 +24,13 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 
 
 def load(name: str, path: Path | None = None) -> GPT2:
-    """The pretrained model `name`, on the CPU, in evaluation mode, from `path` or downloaded. Raises like `hub.fetch`."""
-    return load_safetensors(path or hub.fetch(name), hub.registry()[name].config(), VOCAB_SIZE)
+    """The pretrained model `name`, on the CPU, in evaluation mode, from `path` or downloaded. Raises like `fetch.fetch_pretrained`."""
+    return load_safetensors(path or fetch.fetch_pretrained(name), fetch.pretrained()[name].config(), VOCAB_SIZE)
 
 
 def load_for(config: ModelConfig, vocab_size: int) -> LanguageModel:
-    """OpenAI's model of the shape of `config`, with its dropout, in training mode. Raises like `name_for` and `hub.fetch`."""
-    path = hub.fetch(name_for(config, vocab_size))
+    """OpenAI's model of the shape of `config`, with its dropout, in training mode. Raises like `name_for` and `fetch.fetch_pretrained`."""
+    path = fetch.fetch_pretrained(name_for(config, vocab_size))
     assert isinstance(config, GPT2Config)  # ensured by name_for
     return load_safetensors(path, config, vocab_size).train()
 
@@ -38,10 +39,10 @@ def name_for(config: ModelConfig, vocab_size: int) -> str:
     """The name of the pretrained model of the shape of `config`. Raises UsageError when OpenAI published none."""
     if not isinstance(config, GPT2Config):
         raise UsageError(f"train.init=pretrained: there are pretrained weights of gpt2, not of {config.kind}")
-    for name, asset in hub.registry().items():
+    for name, asset in fetch.pretrained().items():
         if asset.config() == config.model_copy(update={"dropout": 0.0}) and vocab_size == VOCAB_SIZE:
             return name
-    sizes = "; ".join(f"{a.parameters}: {a.n_layer}, {a.n_head}, {a.n_embd}" for a in hub.registry().values())
+    sizes = "; ".join(f"{a.parameters}: {a.n_layer}, {a.n_head}, {a.n_embd}" for a in fetch.pretrained().values())
     raise UsageError(
         f"no pretrained weights fit n_layer={config.n_layer}, n_head={config.n_head}, n_embd={config.n_embd},"
         f" block_size={config.block_size} with {vocab_size:,} tokens; there are, with 1,024 and 50,257: {sizes}"

@@ -1,9 +1,9 @@
-"""The published numbers beside the measured ones: `config/published.csv` merged with the records of a run."""
+"""The published numbers beside the measured ones: `config/published.csv` and the records of a run."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +11,56 @@ import pandas as pd
 
 from picogpt import machines, records, reference
 from picogpt.config import config_folder
-from picogpt.data.assets import find
+from picogpt.data.fetch import find
 from picogpt.errors import PicogptError
 from picogpt.files import write_text
-from picogpt.report import ladder
+from picogpt.records import Key, Records
+from picogpt.report.ladder import compare_with_baselines
 
 CORPUS = "tinyshakespeare"
 """The text that every published loss was measured on."""
 TRAIN_VAL_TOKENS = {(1_003_854, 111_540), (301_966, 36_059)}
 """The sizes of its two parts, in characters and in GPT-2's tokens."""
 COLUMNS = ["section", "metric", "published", "measured", "unit", "device", "status", "note"]
-TEXT_COLUMNS = [
-    "section", "metric", "record", "key", "unit", "source", "better", "device", "depends_on_text", "comparable", "note",
-]  # fmt: skip
-ALLOWED = {"better": {"", "lower", "higher"}, "depends_on_text": {"yes", "no"}, "comparable": {"yes", "no"}}
-
-Records = Mapping[str, dict[str, Any]]
-"""Result records by their kind."""
+PUBLISHED_COLUMNS = (
+    "section", "metric", *Key._fields, "key", "unit", "published", "source", "tolerance", "better", "device",
+    "depends_on_text", "comparable", "note",
+)  # fmt: skip
+ALLOWED = {"better": ["", "higher", "lower"], "depends_on_text": ["no", "yes"], "comparable": ["no", "yes"]}
 
 
 @functools.cache
 def published() -> pd.DataFrame:
-    """The rows of `config/published.csv`, in order.
+    """The rows of `config/published.csv`, in order; config/README.md describes its columns.
 
-    record, key: the kind of the record that measures a number, and its key in the results; items of a list by index, for
-        example tokens_per_second.0.
-    published, source: the published value, or NaN, and where it stands in the write-up.
-    tolerance, better: the difference up to which a number counts as reproduced; lower or higher, where one is better.
-    device: where it was measured, if that matters. depends_on_text: whether it can be compared on this text alone.
-    comparable: no where the two are measured in different ways. note: why ours differs.
+    `published` and `tolerance` are floats, or None where there is none; all other columns are texts.
 
     Raises PicogptError naming the row and column of a value that is not allowed.
     """
     path = config_folder() / "published.csv"
     try:
-        rows = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values={
-            "published": [""], "tolerance": [""]
-        })  # fmt: skip
-        rows = rows.astype({"published": float, "tolerance": float})
-    except (OSError, ValueError, KeyError) as error:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if missing := [name for name in PUBLISHED_COLUMNS if name not in rows]:
+            raise PicogptError(f"{path} lacks the columns {', '.join(missing)}")
+        for column in ("published", "tolerance"):
+            numbers = pd.to_numeric(rows[column])
+            rows[column] = numbers.astype(object).where(numbers.notna(), None)
+    except (OSError, ValueError) as error:
         raise PicogptError(f"cannot read {path}: {error}") from error
-    if missing := [name for name in (*TEXT_COLUMNS, "published", "tolerance") if name not in rows]:
-        raise PicogptError(f"{path} lacks the columns {', '.join(missing)}")
     for column, allowed in ALLOWED.items():
         for row, value in rows.loc[~rows[column].isin(allowed), column].items():
             raise PicogptError(
-                f"{path}, line {row + 2}: {column} is {value!r}, not {' or '.join(sorted(allowed - {''}))}"
+                f"{path}, line {row + 2}: {column} is {value!r}, not {' or '.join(filter(None, allowed))}"
             )
     if (twice := rows.duplicated(["section", "metric"])).any():
         raise PicogptError(f"{path}, line {twice.idxmax() + 2}: duplicate metric {rows.metric[twice.idxmax()]!r}")
     return rows
 
 
-def published_values(record: str) -> dict[str, float]:
-    """The published values that belong beside the results of a kind of record, by key."""
-    rows = published()
-    rows = rows[(rows.record == record) & rows.published.notna()]
-    return dict(zip(rows.key, rows.published, strict=True))
+def published_for(key: Key) -> dict[str, dict[str, Any]]:
+    """The rows with a published value that belong beside the results of a record, by their key in the results."""
+    rows = published().to_dict("records")
+    return {row["key"]: row for row in rows if records.key(row) == key and row["published"] is not None}
 
 
 def on_published_text(record: dict[str, Any]) -> bool:
@@ -82,12 +75,11 @@ def compare(measured: Records, references: Records) -> pd.DataFrame:
 
     status: reproduced, better, differs, not comparable, or not measured here.
     """
-    rows = published().rename(columns={"device": "published_device", "note": "why"})
-    rows = rows.merge(_values(measured), how="left", on=["record", "key"])
-    rows = rows.merge(_values(references), how="left", on=["record", "key"], suffixes=("", "_of_reference"))
-    rows["needs"] = rows.record.map(_needs)
-    rows = rows.astype(object).where(rows.notna(), None)
-    answers = [row | _answer(row, measured.get(row["record"])) for row in rows.to_dict("records")]
+    rows = published().to_dict("records")
+    answers = []
+    for row in rows:
+        key = records.key(row)
+        answers.append(row | _answer(row, measured.get(key), references.get(key)))
     return pd.DataFrame(answers, columns=COLUMNS, dtype=object)
 
 
@@ -99,93 +91,81 @@ def write_summary(record_files: Iterable[Path], reference_files: Iterable[Path],
     write_text(out, table.to_csv(index=False, lineterminator="\n"))
 
 
-def read_summary(path: Path) -> list[dict[str, str]]:
-    """The rows of `summary.csv`."""
-    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-
-
-def read_records(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Records by their kind. Raises PicogptError when two are of one kind."""
-    by_kind: dict[str, dict[str, Any]] = {}
+def read_records(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
+    """Records by what they measure. Raises PicogptError when two measure the same."""
+    found: dict[Key, dict[str, Any]] = {}
     for path in paths:
         record = records.read(path)
-        if record["kind"] in by_kind:
-            raise PicogptError(f"{path} is a second record of {record['kind']}: pass only one of each kind")
-        by_kind[record["kind"]] = record
-    ladder.compare_with_baselines(by_kind)
-    return by_kind
+        key = records.key(record)
+        if key in found:
+            raise PicogptError(f"{path} is a second record of {key}: pass only one of each")
+        found[key] = record
+    compare_with_baselines(found)
+    return found
 
 
-def read_references(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Reference records by their kind: if several devices have a record of the same kind, the first in the order of `paths`.
+def read_references(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
+    """Reference records: if several devices have a record of the same measurement, the first in the order of `paths`.
 
     Raises PicogptError when one was edited or does not say what it was measured with.
     """
-    by_folder: dict[Path, list[Path]] = {}
-    for path in paths:
-        by_folder.setdefault(path.parent, []).append(path)
-    by_kind: dict[str, dict[str, Any]] = {}
-    for folder, files in by_folder.items():
+    paths = list(paths)
+    found: dict[Key, dict[str, Any]] = {}
+    for folder in dict.fromkeys(path.parent for path in paths):
+        files = [path for path in paths if path.parent == folder]
         reference.check(folder)
-        # A ladder belongs to one machine: it never gets a rung from another.
-        ladders = {ladder.machine_of(name) for name in by_kind} - {None}
         for path in files:
             reference.require_good(path, records.read(path))
-        more = {name: record for name, record in read_records(files).items() if ladder.machine_of(name) not in ladders}
-        by_kind = {**more, **by_kind}
-    return by_kind
+        # A ladder belongs to one machine: it never gets a rung from another.
+        ladders = {key.machine for key in found if key.task == "ladder"}
+        for key, record in read_records(files).items():
+            if key.task != "ladder" or key.machine not in ladders:
+                found.setdefault(key, record)
+    return found
 
 
-def _values(by_kind: Records) -> pd.DataFrame:
-    """All numbers in the results of records: record, key, measured, device, date."""
-    rows = [
-        (kind, key, value, record["device"]["name"], record.get("created", "")[:10])
-        for kind, record in by_kind.items()
-        for key, value in _numbers(record["results"])
-    ]
-    return pd.DataFrame(rows, columns=["record", "key", "measured", "device", "date"], dtype=object)
+def number(record: dict[str, Any] | None, key: str) -> float | None:
+    """A number in the results of a record; `tokens_per_second.0` is the first item of a list. None if there is none."""
+    results = record["results"] if record else {}
+    name, _, index = key.rpartition(".")
+    items = results.get(name)
+    value = dict(enumerate(items)).get(int(index)) if isinstance(items, list) and index.isdigit() else results.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in results.items():
-        listed = [(f"{key}.{index}", item) for index, item in enumerate(value)] if isinstance(value, list) else []
-        for name, number in listed or [(key, value)]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                yield name, number
-
-
-def _answer(row: dict[str, Any], record: dict[str, Any] | None) -> dict[str, Any]:
-    """What changes in a merged row: its status and note; where nothing was measured here, also its number and device."""
-    measured, published = row["measured"], row["published"]
+def _answer(row: dict[str, Any], record: dict[str, Any] | None, reference: dict[str, Any] | None) -> dict[str, Any]:
+    """The measured value, its device, the status and the note beside a published row."""
+    measured, published = number(record, row["key"]), row["published"]
     if record is None or measured is None:
-        known = record and (record.get("not_measured") or record.get("missing", {}).get(row["key"]))
-        return _not_here(row, known or row["needs"] or "not in the records of this run")
+        why = record and (record.get("not_measured") or (record.get("missing") or {}).get(row["key"]))
+        return _not_here(row, reference, why or _needs(row) or "not in the records of this run")
+    answer = {"measured": measured, "device": record["device"]["name"], "note": row["note"]}
     if row["depends_on_text"] == "yes" and not on_published_text(record):
-        text = record["corpus"]["name"]
-        return {"status": "not comparable", "note": f"measured on {text}, published for {CORPUS}, split 90/10"}
-    if row["published_device"] not in ("", row["device"]):
+        text = record["corpus"].get("name", "an unknown text")
+        note = f"measured on {text}, published for {CORPUS}, split 90/10"
+        return answer | {"status": "not comparable", "note": note}
+    if row["device"] not in ("", answer["device"]):
         # A number of another device is never put beside the published one.
-        return _not_here(row, f"published for {row['published_device']}; this machine is {row['device']}")
+        return _not_here(row, reference, f"published for {row['device']}; this machine is {answer['device']}")
     if published is None or row["comparable"] == "no":
-        return {"status": "not comparable", "note": row["why"] or "nothing is published"}
+        return answer | {"status": "not comparable", "note": row["note"] or "nothing is published"}
     tolerance = row["tolerance"] or 0
     if abs(measured - published) <= tolerance:
-        return {"status": "reproduced", "note": f"within {tolerance:g}"}
+        return answer | {"status": "reproduced", "note": f"within {tolerance:g}"}
     better = row["better"] == ("lower" if measured < published else "higher")
-    return {"status": "better" if better else "differs", "note": row["why"]}
+    return answer | {"status": "better" if better else "differs"}
 
 
-def _not_here(row: dict[str, Any], reason: str) -> dict[str, Any]:
+def _not_here(row: dict[str, Any], reference: dict[str, Any] | None, reason: str) -> dict[str, Any]:
     """The answer for a number that was not measured here: from a reference record, if it is of the device in question."""
-    answer = {"measured": None, "device": None, "status": "not measured here", "note": reason}
-    number, device = row["measured_of_reference"], row["device_of_reference"]
-    if number is not None and (row["needs"] or row["published_device"] == device):
-        note = f"{reason}; the number comes from a reference record of {row['date_of_reference']}"
-        answer |= {"measured": number, "device": device, "note": note}
+    answer: dict[str, Any] = {"measured": None, "device": None, "status": "not measured here", "note": reason}
+    there = number(reference, row["key"])
+    if reference and there is not None and (_needs(row) or row["device"] == reference["device"]["name"]):
+        note = f"{reason}; the number comes from a reference record of {reference['created'][:10]}"
+        answer |= {"measured": there, "device": reference["device"]["name"], "note": note}
     return answer
 
 
-def _needs(record: str) -> str | None:
+def _needs(row: dict[str, Any]) -> str | None:
     """What a number of one machine needs; None for numbers that every machine can measure."""
-    name = next((name for name in machines.names() if name in record.split(" ")), None)
-    return f"needs {machines.load(name).title}" if name else None
+    return f"needs {machines.load(row['machine']).title}" if row["machine"] in machines.names() else None

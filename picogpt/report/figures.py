@@ -1,29 +1,37 @@
-"""Figures, drawn from records alone."""
+"""Figures, drawn from records alone: loss curves here, training ladders in throughput.py."""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
 
 from picogpt import records
+from picogpt.errors import PicogptError
 from picogpt.files import atomic_write
-from picogpt.report.compare import CORPUS, on_published_text, published
+from picogpt.report.compare import CORPUS, on_published_text, published_for
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish; grey for published values.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
-EVALUATED = {"part": "part of the text", "whole": "whole text"}
 STYLE: Any = {
-    "figure.facecolor": "white",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
+    "figure.facecolor": "white", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False,
+}  # fmt: skip
+LOSSES = ["train_loss", "val_loss", "train_loss_exact"]
+EVALUATED = {"part": "part of the text", "whole": "whole text"}
+PUBLISHED = {
+    "train_loss_after": ("published, training", (8, 3)),
+    "val_loss_after": ("published, final validation", (5, 3)),
+    "best_val_loss": ("published, best validation", (3, 2)),
 }
+"""Labels and dashes of published losses, by their key in the results."""
 
 
 def draw_loss_curve(run_folder: Path, out: Path) -> None:
@@ -31,74 +39,70 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
 
     Two panels: the whole run, and its lower part magnified. Epochs are marked by dotted lines.
     """
-    plt = pyplot()
     record = records.read(run_folder / "record.json")
-    rows = records.read_lines(run_folder / "metrics.jsonl")
-    results = record["results"]
-    train = _smooth([(row["epoch"], row["train_loss"]) for row in rows if "train_loss" in row])
-    val = [(row["epoch"], row["val_loss"]) for row in rows if "val_loss" in row]
-    exact_train = [(row["epoch"], row["train_loss_exact"]) for row in rows if "train_loss_exact" in row]
-    lines = _references(record)
-    with plt.rc_context(STYLE):
-        figure, (whole, lower) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1, 1.5))
-        for axes in (whole, lower):
+    train, val, exact_train = _losses(run_folder / "metrics.jsonl")
+    results, device, lines = record["results"], record["device"], _references(record)
+    marker: Any = {"linestyle": "none", "markeredgecolor": "white", "zorder": 5}
+    part = EVALUATED.get(record["config"]["train"].get("eval_train"))
+    unit = "token" if record["model"] == "gpt2" else "character"
+    with drawing(out, 11, 4.6) as figure:
+        whole, lower = figure.subplots(1, 2, width_ratios=(1, 1.5))
+        for axes, title in ((whole, "whole run"), (lower, "magnified")):
             for epoch in range(1, int(results["epochs"] + 0.01) + 1):
                 axes.axvline(epoch, color="#bdbdbd", linewidth=0.8, linestyle=(0, (1, 2)))
+            axes.plot(train, color=BLUE, linewidth=1.2, label="training batches, smoothed")
+            axes.plot(val, color=VERMILION, linewidth=2, label="validation, whole text")
+            if len(exact_train):
+                label = f"training, {part}: {exact_train.iloc[-1]:.4f}"
+                axes.plot(exact_train, "D", markersize=7, color=BLUE, label=label, **marker)
+            best = results["best_epoch"], results["best_val_loss"]
+            axes.plot(*best, "o", markersize=8, color=VERMILION, label=f"best: {best[1]:.4f}", **marker)
             for value, label, colour, dashes in lines:
-                axes.axhline(value, color=colour, linewidth=1.3, linestyle=(0, dashes), label=label)
-            axes.plot(*zip(*train, strict=True), color=BLUE, linewidth=1.2, label="training batches, smoothed")
-            axes.plot(*zip(*val, strict=True), color=VERMILION, linewidth=2, label="validation, whole text")
-            axes.plot(
-                results["best_epoch"], results["best_val_loss"], marker="o", markersize=8, color=VERMILION,
-                markeredgecolor="white", linestyle="none", label=f"best: {results['best_val_loss']:.4f}", zorder=5,
-            )  # fmt: skip
-            if exact_train:
-                axes.plot(
-                    *zip(*exact_train, strict=True), marker="D", markersize=7, color=BLUE, markeredgecolor="white",
-                    linestyle="none", label=f"training, {EVALUATED[record['config']['train']['eval_train']]}: {exact_train[-1][1]:.4f}", zorder=4,
-                )  # fmt: skip
-            axes.set_xlabel("epoch")
-            axes.set_xlim(0, results["epochs"] * 1.02)
+                axes.axhline(value, color=colour, linewidth=1.3, linestyle=(0, dashes), label=label, zorder=1.5)
+            axes.set(xlabel="epoch", xlim=(0, results["epochs"] * 1.02))
+            axes.set_title(title, loc="left", fontsize=11)
         lower.set_ylim(_magnified(train, val, [value for value, *_ in lines], results["epochs"]))
-        whole.set_ylabel(f"loss, nats per {_unit(record)}")
-        whole.set_title("whole run", loc="left", fontsize=11)
-        lower.set_title("magnified", loc="left", fontsize=11)
+        whole.set_ylabel(f"loss, nats per {unit}")
         handles, labels = lower.get_legend_handles_labels()
-        order = sorted(range(len(labels)), key=lambda index: index < len(lines))  # ours first
-        figure.legend(
-            [handles[index] for index in order], [labels[index] for index in order],
-            loc="lower left", bbox_to_anchor=(0.005, 0.055), ncols=4, fontsize=9.5, columnspacing=1.6,
-        )  # fmt: skip
-        figure.suptitle(_title(record), x=0.012, ha="left", fontweight="bold")
-        figure.text(0.012, 0.018, _caption(record), fontsize=9, color=GREY)
-        figure.tight_layout(rect=(0, 0.17, 1, 1))
-        save(figure, out)
+        where: Any = {"loc": "lower left", "bbox_to_anchor": (0.005, 0.055)}
+        figure.legend(handles, labels, **where, ncols=3, fontsize=9.5, columnspacing=1.6)
+        model = " ".join(filter(None, (record["model"], record["machine"])))
+        title = f"{model} on {record['corpus'].get('name')}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {unit}s seen"
+        figure.suptitle(title, x=0.012, ha="left", fontweight="bold")
+        caption = (
+            f"{device['name']}, {device['cores']} cores, {device.get('dtype')}; torch {record['software'].get('torch')};"
+            f" {results['train_seconds']:.0f} s of training; seed {record['config']['train']['seed']}"
+        )
+        figure.text(0.012, 0.018, caption, fontsize=9, color=GREY)
+        figure.tight_layout(rect=(0, 0.21, 1, 1))
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, loaded when a figure is drawn, and without a screen."""
+@contextmanager
+def drawing(out: Path, width: float, height: float) -> Iterator[Figure]:
+    """A new figure in the style of all, of this size in inches; it is written to `out` as PNG, in one piece."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save(figure: Any, out: Path) -> None:
-    """Write a figure as PNG, in one piece, and free it."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=144)
-    pyplot().close(figure)
-    with atomic_write(out) as file:
-        file.write(picture.getvalue())
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        yield figure
+        with atomic_write(out) as file:
+            figure.savefig(file, format="png", dpi=144)
 
 
-def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over about a fortieth of the run, so that the trend is seen and not the noise of single batches."""
-    width = max(1, len(points) // 40)
-    groups = [points[first : first + width] for first in range(0, len(points), width)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+def _losses(metrics: Path) -> list[pd.Series]:
+    """The losses of the training batches, of validation and of the training text by epoch.
+
+    Those of batches are means over about a fortieth of the run, so that the trend is seen and not their noise.
+    """
+    rows = records.read_lines(metrics)
+    try:
+        frame = pd.DataFrame(rows, columns=["epoch", *LOSSES], dtype=float)
+    except (ValueError, TypeError) as error:
+        raise PicogptError(f"{metrics} has a loss that is no number: {error}") from error
+    train, val, exact_train = (frame[["epoch", loss]].dropna() for loss in LOSSES)
+    train = train.groupby(np.arange(len(train)) // max(1, len(train) // 40)).mean()
+    return [part.set_index("epoch").iloc[:, 0] for part in (train, val, exact_train)]
 
 
 def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int, ...]]]:
@@ -107,50 +111,22 @@ def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int
     floor = record["results"].get("closed_form_train_loss")
     if floor is not None:
         lines.append((floor, f"lower bound of training, pair counts: {floor:.4f}", GREEN, (2, 1)))
-    names = {
-        "train_loss_after": ("published, training", (8, 3)),
-        "val_loss_after": ("published, final validation", (5, 3)),
-        "best_val_loss": ("published, best validation", (3, 2)),
-    }
-    rows = published()
-    known = rows[(rows.record == record["kind"]) & rows.published.notna()].set_index("key")
-    for key, (name, dashes) in names.items():
-        if key not in known.index:
-            continue
-        number = known.loc[key]
-        if number.comparable == "no":
-            name = "published, measured differently"
-        elif number.depends_on_text == "yes" and not on_published_text(record):
-            name += f" ({CORPUS})"
-        lines.append((number.published, f"{name}: {number.published:.4f}", GREY, dashes))
+    rows = published_for(records.key(record))
+    for key, (name, dashes) in PUBLISHED.items():
+        if row := rows.get(key):
+            if row["comparable"] == "no":
+                name = "published, measured differently"
+            elif row["depends_on_text"] == "yes" and not on_published_text(record):
+                name += f" ({CORPUS})"
+            lines.append((row["published"], f"{name}: {row['published']:.4f}", GREY, dashes))
     return lines
 
 
-def _magnified(
-    train: list[tuple[float, float]], val: list[tuple[float, float]], lines: list[float], epochs: float
-) -> tuple[float, float]:
+def _magnified(train: pd.Series, val: pd.Series, lines: list[float], epochs: float) -> tuple[float, float]:
     """Limits that show the curves after the first tenth of the run, and the lines that lie near them."""
-    settled = [loss for epoch, loss in train + val if epoch >= 0.1 * epochs] or [loss for _, loss in val]
-    low, high = min(settled), max(settled)
+    losses = pd.concat([train, val])
+    settled = losses[losses.index >= 0.1 * epochs] if (losses.index >= 0.1 * epochs).any() else val
+    low, high = settled.min(), settled.max()
     near = [value for value in lines if low - 0.5 * (high - low) < value < high + 1.5 * (high - low)]
     low, high = min([low, *near]), max([high, *near])
     return low - 0.06 * (high - low), high + 0.06 * (high - low)
-
-
-def _title(record: dict[str, Any]) -> str:
-    kind = record["kind"].removeprefix("train ")
-    results = record["results"]
-    return f"{kind} on {record['corpus']['name']}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {_unit(record)}s seen"
-
-
-def _unit(record: dict[str, Any]) -> str:
-    return "token" if record["kind"].startswith("train gpt2") else "character"
-
-
-def _caption(record: dict[str, Any]) -> str:
-    device, software = record["device"], record["software"]
-    seconds = record["results"]["train_seconds"]
-    return (
-        f"{device['name']}, {device['cores']} cores, {device['dtype']}; torch {software['torch']};"
-        f" {seconds:.0f} s of training; seed {record['config']['train']['seed']}"
-    )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, StrictUndefined, TemplateError
 
-from picogpt import machines
 from picogpt.errors import PicogptError
 from picogpt.files import read_text, write_text
+from picogpt.records import Key
 from picogpt.report import ladder
-from picogpt.report.compare import read_records, read_references, read_summary
+from picogpt.report.compare import read_records, read_references
 
 
 def write_page(
@@ -27,45 +29,33 @@ def write_page(
 ) -> None:
     """Fill in the Markdown template.
 
-    It sees `sections` (rows of the summary by section), `records` (by kind), `samples` (texts by their file's name without suffix), the `values`,
-    and `ladders`: for each machine of `hardware`, its settings and its records, those of a reference where there are
-    none from here; and the `loss_tolerance` of all.
+    It sees `sections` (rows of the summary by section), all `records`, the function `record` of the fields of a
+    `records.Key` (undefined where there is no such record), `samples` (texts by their file's name without suffix), the
+    `values`, the `ladders` of the machines `hardware`, and the `loss_tolerance` of all ladders.
 
     Raises PicogptError when the template asks for something that is not there.
     """
-    rows = read_summary(summary)
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["excerpt"] = lambda text, length: text if len(text) <= length else text[:length] + " …"
-    by_kind, references = read_records(record_files), read_references(reference_files)
-    ladders = []
-    for argument in hardware:
-        name = machines.name_of(argument)
-        here = ladder.of(name, by_kind)
-        rungs = here or ladder.of(name, references)
-        machine = machines.load(argument)
-        batch, block = ladder.shape(machine, rungs)
-        ladders.append(
-            {
-                "name": name,
-                "machine": machine,
-                "rungs": rungs,
-                "here": bool(here),
-                "batch": batch,
-                "block": block,
-                "difference": ladder.largest_difference(rungs),
-            }
-        )
+    measured, references = read_records(record_files), read_references(reference_files)
+
+    def record(*names: str, **fields: str) -> Any:
+        key = Key(*names, **fields)
+        return measured.get(key) or environment.undefined(f"there is no record of {key}")
+
     try:
+        rows = pd.read_csv(io.StringIO(read_text(summary)), dtype=str, keep_default_na=False)
         page = environment.from_string(read_text(template)).render(
-            sections={name: list(group) for name, group in groupby(rows, key=lambda row: row["section"])},
-            records=by_kind,
-            ladders=ladders,
+            sections={name: group.to_dict("records") for name, group in rows.groupby("section")},
+            record=record,
+            records=list(measured.values()),
+            ladders=[ladder.find(name, measured, references) for name in hardware],
             loss_tolerance=ladder.LOSS_TOLERANCE,
             samples={path.stem: read_text(path) for path in samples},
             **values,
         )
-    except (TemplateError, TypeError, ValueError) as error:  # the last two: a number that the record lacks
+    except (TemplateError, LookupError, TypeError, ValueError) as error:  # all but the first: a number is missing
         raise PicogptError(f"{template} cannot be filled in: {error}") from error
     write_text(out, page)

@@ -1,6 +1,6 @@
 """Distributed training: the ranks of a job and their collectives.
 
-`torchrun` starts the ranks and numbers them in the environment; a process that it did not start is a job of one rank.
+`torchrun` starts the ranks and numbers them in the environment; a process without a launcher is a job of one rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from picogpt import hardware
-from picogpt.errors import PicogptError, UsageError, failure_mark
+from picogpt.errors import PicogptError, UsageError
+from picogpt.ranks import from_environment
 
 T = TypeVar("T")
 _GROUPS: list[Any] = []
@@ -109,15 +110,15 @@ class World:
 
 @contextmanager
 def init_distributed(device: str) -> Iterator[World]:
-    """Initialize the process group of the ranks that torchrun started; destroy it at the end.
+    """Initialize the process group of the ranks that a launcher started; destroy it at the end.
 
-    NCCL carries gradients between GPUs, gloo between CPUs. Raises PicogptError when a rank is lost.
+    NCCL carries gradients between GPUs, gloo between CPUs. Raises PicogptError when a rank is lost, UsageError when the
+    environment does not describe ranks.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, size, local_rank, local_size = from_environment()
     if size == 1:
         yield World()
         return
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         if local_size > torch.cuda.device_count():
@@ -126,8 +127,6 @@ def init_distributed(device: str) -> Iterator[World]:
                 " --device cpu trains on the CPU"
             )
         torch.cuda.set_device(local_rank)
-    if local_rank == 0:
-        failure_mark().unlink(missing_ok=True)
     with _peers():
         store, rank, size = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

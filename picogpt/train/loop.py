@@ -31,7 +31,7 @@ from picogpt.train.evaluate import evaluate
 from picogpt.train.folder import RunFolder
 from picogpt.train.step import Step, Switches, micro_batch_size, tokens_at_once
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 CALLBACKS: list[Callable[[Trainer], None]] = []
 """Functions that every trainer calls before each step; `trainer.callbacks` holds those of one trainer."""
 
@@ -345,7 +345,7 @@ class Trainer:
             results["closed_form_train_loss"] = bound
         return {
             **self.provenance,
-            "kind": f"train {model.kind}" + (f" {self.machine}" if self.machine else ""),
+            **records.Key("train", model.kind, self.machine)._asdict(),
             "fingerprint": self.folder.fingerprint,
             "corpus": self.data.corpus(),
             "config": self.experiment.model_dump(mode="json"),
@@ -373,13 +373,19 @@ def _stop_on_signals(received: list[int]) -> Iterator[None]:
     process, because torchrun sends SIGTERM to all ranks when one has failed, and they must still say why they end.
     """
     launched = "TORCHELASTIC_RUN_ID" in os.environ
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def remember(number: int, frame: object) -> None:
         received.append(number)
+        if number == signal.SIGHUP:  # the terminal was closed: writing to it would fail before the checkpoint is saved
+            for descriptor in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if not launched:
             signal.signal(number, previous[number])
 
-    previous = {int(number): signal.signal(number, remember) for number in STOP_SIGNALS}
+    # Under nohup SIGHUP is ignored, and stays so.
+    heard = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    previous = {int(number): signal.signal(number, remember) for number in heard}
     try:
         yield
     finally:

@@ -47,12 +47,12 @@ rule train_gpt2:
     log:
         "logs/train_gpt2.log",
     resources:
-        **PLAN["models"]["gpt2"]["resources"],
+        **PLAN["gpt2"]["resources"],
         machine=100,
         runtime=240,
-        mem_mb=8000 * PLAN["models"]["gpt2"]["ranks"],
+        mem_mb=8000 * PLAN["gpt2"]["ranks"],
     params:
-        launch=PLAN["models"]["gpt2"]["launch"],
+        launch=PLAN["gpt2"]["launch"],
         file=PLAN["models"]["gpt2"]["file"],
         settings=lambda wildcards: PLAN["models"]["gpt2"]["settings"],
         overrides=lambda wildcards: expand("--set={pair}", pair=config["gpt2"]["set"]),
@@ -83,7 +83,7 @@ rule train_fineweb:
         runtime=240,
         mem_mb=lambda wildcards: 16000 * machine(wildcards, "ranks"),
     params:
-        launch=lambda wildcards: machine(wildcards, "training")["launch"],
+        launch=lambda wildcards: machine(wildcards, "launch"),
         machine=lambda wildcards: machine(wildcards, "argument"),
         file=lambda wildcards: machine(wildcards, "training")["file"],
         settings=lambda wildcards: machine(wildcards, "training")["settings"],
