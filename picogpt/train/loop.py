@@ -270,9 +270,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._read_losses()
-        # A step with a finite loss can still produce non-finite weights, which must not replace good ones.
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise self._not_finite(math.nan, self.progress.step)
+        self._require_finite_weights()
         optimizer = self.step.optimizer
         self.world.broadcast_from_main(
             lambda: self.folder.save(
@@ -284,7 +282,13 @@ class Trainer:
             )
         )
 
+    def _require_finite_weights(self) -> None:
+        """A step with a finite loss can still produce non-finite weights, which must not replace good ones."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise self._not_finite(math.nan, self.progress.step)
+
     def _keep_best(self, val_loss: float) -> None:
+        self._require_finite_weights()  # the validation text need not use every weight
         p, data = self.progress, self.data
         p.best_val_loss, p.best_step = val_loss, p.step
         values = (self.experiment, data.vocab_size, data.corpus(), p.step, val_loss)
