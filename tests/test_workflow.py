@@ -149,7 +149,7 @@ def test_a_change_runs_what_depends_on_it(copied: Path, file: str, old: str, new
 
 
 def test_records_of_an_older_version_are_refused_by_name(copied: Path):
-    replace(copied / "results/records/weights.json", '"schema_version": 1', '"schema_version": 0')
+    replace(copied / "results/records/weights.json", '"schema_version": 2', '"schema_version": 0')
     out = snakemake(copied, "results/summary.csv", "--forcerun", "summary", status=1)
     assert "results/records/weights.json has schema version 0" in out
 
