@@ -105,7 +105,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         **{name: record["results"][name] for name in RESULTS},
         "ranks": record["ranks"],
         "device": record["device"]["name"],
-        "date": records.Record.model_validate(record).created,
+        "date": datetime.fromisoformat(record["created"]),
     }
 
 
