@@ -65,8 +65,10 @@ def key(record: Mapping[str, Any]) -> Key:
 
 
 def at(record: Any, path: str) -> Any:
-    """The value at nested keys, joined by dots, as in "config.train.seed"; None if there is none."""
+    """The value at nested keys and indexes, joined by dots, as in "config.train.betas.0"; None if there is none."""
     for part in path.split("."):
+        if isinstance(record, list):
+            record = {str(index): item for index, item in enumerate(record)}
         record = record.get(part) if isinstance(record, dict) else None
     return record
 
