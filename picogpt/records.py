@@ -76,6 +76,7 @@ def at(record: Any, path: str) -> Any:
 def provenance(device: hardware.Device) -> dict[str, Any]:
     """What the numbers of a record stand on: time, device, driver, library versions, commit."""
     source, dirty = commit()
+    packages = ("torch", "triton", "numpy")
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -92,10 +93,7 @@ def provenance(device: hardware.Device) -> dict[str, Any]:
             "picogpt": __version__,
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.release()}",
-            **{
-                package: next((found.version for found in distributions(name=package)), None)
-                for package in ("torch", "triton", "numpy")
-            },
+            **{name: next((found.version for found in distributions(name=name)), None) for name in packages},
             "cudnn": hardware.cudnn_version() if device.type == "cuda" else None,
         },
         "commit": source,

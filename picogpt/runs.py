@@ -96,14 +96,10 @@ def _record(folder: Path) -> dict[str, Any]:
 def _finished(folder: Path) -> dict[str, Any]:
     """The values of a run with a record. Raises PicogptError when it cannot be read."""
     record = _record(folder)
-    return {
-        "model": record["model"],
-        "corpus": record["corpus"].get("name"),
-        **{name: record["results"][name] for name in RESULTS},
-        "ranks": record["ranks"],
-        "device": record["device"]["name"],
-        "date": datetime.fromisoformat(record["created"]),
-    }
+    results = {name: record["results"][name] for name in RESULTS}
+    origin = {"ranks": record["ranks"], "device": record["device"]["name"]}
+    date = datetime.fromisoformat(record["created"])
+    return {"model": record["model"], "corpus": record["corpus"].get("name"), **results, **origin, "date": date}
 
 
 def _begun(folder: Path, model: str, run: str, corpus: str | None = None) -> dict[str, Any]:
@@ -116,14 +112,10 @@ def _begun(folder: Path, model: str, run: str, corpus: str | None = None) -> dic
         except (ValueError, TypeError, AttributeError):
             break
     last = {name: value for row in rows for name, value in row.items()}
-    return {
-        "model": model.replace("_", "-"),
-        "corpus": corpus,
-        **{name: last.get(name) for name in RESULTS},
-        "steps": int(last["step"]) if "step" in last else None,
-        "epochs": last.get("epoch"),
-        "best_val_loss": min((row["val_loss"] for row in rows if "val_loss" in row), default=None),
-        "ranks": None,
-        "device": None,
-        "date": datetime.fromtimestamp((metrics if metrics.exists() else folder).stat().st_mtime, UTC),
-    }
+    steps = int(last["step"]) if "step" in last else None
+    best = min((row["val_loss"] for row in rows if "val_loss" in row), default=None)
+    results = {name: last.get(name) for name in RESULTS}
+    results |= {"steps": steps, "epochs": last.get("epoch"), "best_val_loss": best}
+    origin = {"ranks": None, "device": None}
+    date = datetime.fromtimestamp((metrics if metrics.exists() else folder).stat().st_mtime, UTC)
+    return {"model": model.replace("_", "-"), "corpus": corpus, **results, **origin, "date": date}

@@ -23,7 +23,6 @@ PUBLISHED_COLUMNS = (
     "section", "metric", *Key._fields, "key", "unit", "published", "source", "tolerance", "better", "device",
     "depends_on_text", "comparable", "note",
 )  # fmt: skip
-ALLOWED = {"better": ["", "higher", "lower"], "depends_on_text": ["no", "yes"], "comparable": ["no", "yes"]}
 
 
 @functools.cache
@@ -44,7 +43,8 @@ def published() -> pd.DataFrame:
             rows[column] = numbers.astype(object).where(numbers.notna(), None)
     except (OSError, ValueError) as error:
         raise PicogptError(f"cannot read {path}: {error}") from error
-    for column, allowed in ALLOWED.items():
+    answers = {"better": ["", "higher", "lower"], "depends_on_text": ["no", "yes"], "comparable": ["no", "yes"]}
+    for column, allowed in answers.items():
         for row, value in rows.loc[~rows[column].isin(allowed), column].items():
             wanted = " or ".join(filter(None, allowed))
             raise PicogptError(f"{path}, line {row + 2}: {column} is {value!r}, not {wanted}")
