@@ -184,7 +184,8 @@ def _check(record: dict[str, Any], path: str | Path) -> None:
     if (schema := record.get("schema_version")) != SCHEMA_VERSION:
         wanted = f"this picogpt reads {SCHEMA_VERSION}: delete it and make it again (make report)"
         raise PicogptError(f"{path} has schema version {schema} and {wanted}")
-    wrong = [part for part, wanted in PARTS.items() if not isinstance(at(record, part), wanted)]
+    wrong = [part for part in ("commit", "dirty") if part not in record]  # None means: no git checkout
+    wrong += [part for part, wanted in PARTS.items() if not isinstance(at(record, part), wanted)]
     if not wrong and not record.get("not_measured"):
         wrong = [part for part in NUMBERS.get(record["task"], ()) if not isinstance(at(record, part), int | float)]
     try:

@@ -101,8 +101,8 @@ def require_good(path: Path, record: dict[str, Any]) -> None:
     """Raises PicogptError when a record lacks its provenance, or when that would make it misleading."""
     corpus = record["corpus"]
     distributed = record["task"] == "train" and record["machine"] and corpus.get("name") == fineweb.NAME
-    if not record.get("commit") or record.get("dirty"):
-        state = "with uncommitted changes" if record.get("commit") else "at no commit"
+    if not record["commit"] or record["dirty"]:
+        state = "with uncommitted changes" if record["commit"] else "at no commit"
         raise PicogptError(f"{path} was measured {state}: measure it again from a clean checkout")
     if not record["device"]["name"] or not record["software"].get("torch"):
         raise PicogptError(f"{path} does not say on which device or with which torch it was measured")

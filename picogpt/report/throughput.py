@@ -100,13 +100,13 @@ def _texts(ladder: Ladder, bars: dict[str, dict[str, Any]], marks: bool, target:
     subtitle += "; diamonds: published" if marks else ""
     subtitle += f"; dashed: published, {target:,.0f} tokens/s" if target else ""
     record = ladder.rungs[next(iter(bars))]
-    device, commit = record["device"], (record.get("commit") or "unknown")[:12]
+    device, commit = record["device"], (record["commit"] or "unknown")[:12]
     difference = ladder.largest_difference or 0.0  # there are bars, so there is a baseline
     cores = f", {device['cores']} cores" if device["kind"] == "cpu" else ""
     driver = f", driver {device['driver']}" if device.get("driver") else ""
     caption = (
         f"{device['name']}{cores}{driver}; torch {record['software'].get('torch')}; commit {commit}"
-        f"{' with uncommitted changes' if record.get('dirty') else ''}; {record['created'][:10]}; medians of"
+        f"{' with uncommitted changes' if record['dirty'] else ''}; {record['created'][:10]}; medians of"
         f" {record['config']['hardware']['steps']} steps.\nLosses differ from the baseline's by at most {difference:.1g}"
         f" nats, {'all' if difference <= LOSS_TOLERANCE else 'NOT all'} within {LOSS_TOLERANCE}; highest memory"
         f" {max(bar['peak_memory_bytes'] for bar in bars.values()) / 2**30:.1f} GiB"
