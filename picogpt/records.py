@@ -7,23 +7,34 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import AwareDatetime, ConfigDict
-
 from picogpt import __version__, hardware
-from picogpt.config import Settings, parse
-from picogpt.errors import PicogptError, UsageError
+from picogpt.errors import PicogptError
 from picogpt.files import read_text, write_text
 
 SCHEMA_VERSION = 2
 HUB_UNREACHABLE = "hub unreachable"
 """Why a number of OpenAI's weights is missing."""
-SOURCE = ("picogpt/", "config/", "profiles/", "workflow/", "Snakefile")
-"""Where untracked files count as changes too."""
-NOT_SOURCE = (":!results/reference", ":!media/reference")
+PARTS: dict[str, Any] = {
+    "task": str, "model": str | None, "machine": str | None, "rung": str | None, "dtype": str | None,
+    "device.name": str, "device.kind": str, "device.cores": int, "software": dict, "commit": str | None, "dirty": bool | None,
+    "corpus": dict, "config": dict, "results": dict, "not_measured": str | None, "missing": dict | None,
+}  # fmt: skip
+"""Types of the parts that every record has, nested keys joined by dots; it may have more."""
+NUMBERS = {
+    "train": (
+        "ranks", "config.train.seed", "results.parameters", "results.steps", "results.tokens", "results.epochs", "results.best_epoch",
+        "results.best_val_loss", "results.tokens_per_second", "results.train_seconds",
+    ),
+    "ladder": (
+        "config.hardware.batch_size", "config.hardware.block_size", "config.hardware.steps", "results.parameters",
+        "results.tokens_per_second", "results.median", "results.fastest", "results.slowest", "results.final_loss", "results.peak_memory_bytes",
+    ),
+}  # fmt: skip
+"""Numbers that the records of a task must have besides, except where nothing was measured."""
 
 
 class Key(NamedTuple):
@@ -48,57 +59,16 @@ class Key(NamedTuple):
 Records = Mapping[Key, dict[str, Any]]
 
 
-class Device(Settings):
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-    kind: str
-    cores: int
-
-
-class Record(Settings):
-    """The parts that every record has; it may have more."""
-
-    model_config = ConfigDict(extra="allow")
-
-    task: str
-    model: str | None = None
-    machine: str | None = None
-    rung: str | None = None
-    dtype: str | None = None
-    created: AwareDatetime
-    device: Device
-    software: dict[str, Any]
-    commit: str | None
-    dirty: bool | None
-    corpus: dict[str, Any]
-    config: dict[str, Any]
-    results: dict[str, Any]
-    not_measured: str | None = None
-    missing: dict[str, str] | None = None
-
-
-NUMBERS = {
-    "train": (
-        "ranks", "config.train.seed", "results.parameters", "results.steps", "results.tokens", "results.epochs", "results.best_epoch",
-        "results.best_val_loss", "results.tokens_per_second", "results.train_seconds",
-    ),
-    "ladder": (
-        "config.hardware.batch_size", "config.hardware.block_size", "config.hardware.steps", "results.parameters",
-        "results.tokens_per_second", "results.median", "results.fastest", "results.slowest", "results.final_loss", "results.peak_memory_bytes",
-    ),
-}  # fmt: skip
-"""Numbers that the records of a task must have, except where nothing was measured."""
-
-
 def key(record: Mapping[str, Any]) -> Key:
     """What a record measures, or a row of published.csv, where an empty text stands for None."""
     return Key(*(record.get(field) or None for field in Key._fields))  # type: ignore[arg-type]
 
 
 def at(record: Any, path: str) -> Any:
-    """The value at nested keys, joined by dots, as in "config.train.seed"; None if there is none."""
+    """The value at nested keys and indexes, joined by dots, as in "config.train.betas.0"; None if there is none."""
     for part in path.split("."):
+        if isinstance(record, list):
+            record = {str(index): item for index, item in enumerate(record)}
         record = record.get(part) if isinstance(record, dict) else None
     return record
 
@@ -106,6 +76,7 @@ def at(record: Any, path: str) -> Any:
 def provenance(device: hardware.Device) -> dict[str, Any]:
     """What the numbers of a record stand on: time, device, driver, library versions, commit."""
     source, dirty = commit()
+    packages = ("torch", "triton", "numpy")
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,7 +93,7 @@ def provenance(device: hardware.Device) -> dict[str, Any]:
             "picogpt": __version__,
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.release()}",
-            **{name: _version(name) for name in ("torch", "triton", "numpy")},
+            **{name: next((found.version for found in distributions(name=name)), None) for name in packages},
             "cudnn": hardware.cudnn_version() if device.type == "cuda" else None,
         },
         "commit": source,
@@ -133,30 +104,28 @@ def provenance(device: hardware.Device) -> dict[str, Any]:
 def commit() -> tuple[str | None, bool | None]:
     """Commit of the source tree and whether files differ from it; (None, None) outside a git checkout.
 
-    The reference records are results, not source: they may differ. Nor do files outside SOURCE count that git does not know.
+    The reference records are results, not source: they may differ. Files that git does not know count in source folders only.
     """
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None, None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        # With --git-dir, an installed package never tells the commit of a repository around it.
+        command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ".", *NOT_SOURCE).splitlines()
-        # An unknown file is told as `?? picogpt/new.py`; a name with odd characters has quotes around it.
-        dirty = any(not line.startswith("??") or line[3:].strip('"').startswith(SOURCE) for line in changed)
-        return git("rev-parse", "HEAD"), dirty
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!results/reference", ":!media/reference")
+        source = ("picogpt", "config", "profiles", "workflow", "Snakefile")
+        unknown = git("ls-files", "--others", "--exclude-standard", "--", *source)
+        return git("rev-parse", "HEAD"), bool(changed or unknown)
     except (OSError, subprocess.SubprocessError):
         return None, None
 
 
 def unreachable(key: Key, reason: str) -> dict[str, Any]:
     """The record of what could not be measured because the hub did not answer."""
-    empty: dict[str, Any] = {"corpus": {}, "config": {}, "results": {}}
-    why = {"not_measured": HUB_UNREACHABLE, "reason": reason}
-    return {**provenance(hardware.select("cpu")), **key._asdict(), **empty, **why}
+    nothing = {"corpus": {}, "config": {}, "results": {}, "not_measured": HUB_UNREACHABLE, "reason": reason}
+    return {**provenance(hardware.select("cpu")), **key._asdict(), **nothing}
 
 
 def write(path: str | Path, record: dict[str, Any]) -> None:
@@ -172,9 +141,12 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        if not isinstance(record, dict):
+            raise ValueError("it is no mapping")
+    except ValueError as error:
         raise PicogptError(f"{path} is not a result record: {error}") from error
-    record = _upgraded(record)
+    if record.get("schema_version") == 1:
+        _upgrade(record)
     _check(record, path)
     return record
 
@@ -190,11 +162,9 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _upgraded(record: Any) -> Any:
+def _upgrade(record: dict[str, Any]) -> None:
     """Version 1 named what a record measures by words, `kind`, and not by fields."""
-    if not isinstance(record, dict) or record.get("schema_version") != 1:
-        return record
-    match str(record.get("kind")).split(" "):
+    match str(record.pop("kind", None)).split(" "):
         case ["train", model, *machine]:
             key = Key("train", model, " ".join(machine) or None)
         case ["ladder", *machine, rung]:
@@ -206,31 +176,22 @@ def _upgraded(record: Any) -> Any:
         case ["weights" | "data" as task]:
             key = Key(task)
         case _:
-            return record
-    return {"schema_version": SCHEMA_VERSION, **key._asdict()} | {
-        name: value for name, value in record.items() if name not in ("schema_version", "kind")
-    }
+            return
+    record |= {"schema_version": SCHEMA_VERSION, **key._asdict()}
 
 
-def _check(record: Any, path: str | Path) -> None:
-    if not isinstance(record, dict):
-        raise PicogptError(f"{path} is not a result record: it is no mapping")
-    if record.get("schema_version") != SCHEMA_VERSION:
-        raise PicogptError(
-            f"{path} has schema version {record.get('schema_version')} and this picogpt reads {SCHEMA_VERSION}:"
-            " delete it and make it again (make report)"
-        )
+def _check(record: dict[str, Any], path: str | Path) -> None:
+    if (schema := record.get("schema_version")) != SCHEMA_VERSION:
+        wanted = f"this picogpt reads {SCHEMA_VERSION}: delete it and make it again (make report)"
+        raise PicogptError(f"{path} has schema version {schema} and {wanted}")
+    wrong = [part for part in ("commit", "dirty") if part not in record]  # None means: no git checkout
+    wrong += [part for part, wanted in PARTS.items() if not isinstance(at(record, part), wanted)]
+    if not wrong and not record.get("not_measured"):
+        wrong = [part for part in NUMBERS.get(record["task"], ()) if not isinstance(at(record, part), int | float)]
     try:
-        parse(Record, record, f"{path} is not a complete result record")
-    except UsageError as error:  # a damaged file is a failure, and no wrong request
-        raise PicogptError(str(error)) from error
-    numbers = () if record.get("not_measured") else NUMBERS.get(record["task"], ())
-    if wrong := [number for number in numbers if not isinstance(at(record, number), int | float)]:
-        raise PicogptError(f"{path} is not a complete result record: no number in {', '.join(wrong)}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        datetime.fromisoformat(str(record.get("created")))
+    except ValueError:
+        wrong.append("created")
+    if wrong:
+        told = ", ".join(f"{part}={json.dumps(at(record, part), default=str)}" for part in wrong)
+        raise PicogptError(f"{path} is not a complete result record, its values are missing or of a wrong type: {told}")

@@ -35,10 +35,8 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
     """
     commit, dirty = records.commit()
     if commit is None or dirty:
-        state = "is no git checkout" if commit is None else "has uncommitted changes"
-        raise PicogptError(
-            f"the source of picogpt {state}: reference records must say which code made them; commit first"
-        )
+        state = "has uncommitted changes" if commit else "is no git checkout"
+        raise PicogptError(f"the source of picogpt {state}: a reference must say which code made it; commit first")
     paths = [path for pattern in RECORDS for path in sorted(root.glob(pattern.format(run=run)))]
     # Without records of what the hub did not provide; what this device cannot do, and why, is part of the run.
     found = {path: record for path in paths if "reason" not in (record := records.read(path))}
@@ -48,17 +46,15 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
         require_good(path, record)
     devices = {slug(record["device"]) for record in found.values() if record["task"] in ("train", "ladder")}
     if len(devices) != 1:
-        raise PicogptError(
-            f"records of one device make a reference, and these are of {', '.join(sorted(devices)) or 'none'}"
-        )
+        told = ", ".join(sorted(devices)) or "none"
+        raise PicogptError(f"records of one device make a reference, and these are of {told}")
     names = {path: str(records.key(record)) for path, record in found.items()}
     lacking = [part for part in WHOLE if not any(f"{name} ".startswith(f"{part} ") for name in names.values())]
     lacking += [page for page in PAGES if not (root / page).exists()]
     if lacking:
         raise PicogptError(f"a reference is a whole run, and {root.resolve()} lacks {', '.join(lacking)}: make report")
-    device = devices.pop()
+    (device,) = devices
     kept, pictures = root / "results/reference" / device, root / "media/reference" / device
-    # An earlier copy is deleted once the new one is complete.
     new_kept, new_pictures = kept.with_name(".new"), pictures.with_name(".new")
     for folder in (new_kept, new_pictures):
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,10 +66,10 @@ def keep(root: Path, run: str) -> tuple[Path, Path]:
         for picture in set(re.findall(r"\]\(\.\./media/([^)]+)\)", text)):  # only pictures of this run
             shutil.copyfile(root / "media" / picture, new_pictures / picture)
         write_text(new_kept / Path(page).name, text.replace("](../media/", f"](../../../media/reference/{device}/"))
-    for source, folder in ((new_kept, kept), (new_pictures, pictures)):
-        write_sums(source)
-        shutil.rmtree(folder, ignore_errors=True)
-        source.rename(folder)
+    for new, folder in ((new_kept, kept), (new_pictures, pictures)):
+        write_sums(new)
+        shutil.rmtree(folder, ignore_errors=True)  # the earlier copy, only now that the new one is complete
+        new.rename(folder)
     return kept, pictures
 
 
@@ -91,10 +87,8 @@ def check(folder: Path) -> None:
         ours, theirs = actual.get(name), expected.get(name)
         if ours != theirs:
             state = f"was edited: its sha256 is {ours}, and not {theirs}" if ours and theirs else "was added or deleted"
-            raise PicogptError(
-                f"{folder / name} {state} as in {folder / SUMS}: restore it (git checkout), or measure again (make report,"
-                " make reference)"
-            )
+            advice = "restore it (git checkout), or measure again (make report, make reference)"
+            raise PicogptError(f"{folder / name} {state} as in {folder / SUMS}: {advice}")
 
 
 def slug(device: dict[str, Any]) -> str:
@@ -105,13 +99,13 @@ def slug(device: dict[str, Any]) -> str:
 
 def require_good(path: Path, record: dict[str, Any]) -> None:
     """Raises PicogptError when a record lacks its provenance, or when that would make it misleading."""
+    corpus = record["corpus"]
+    distributed = record["task"] == "train" and record["machine"] and corpus.get("name") == fineweb.NAME
     if not record["commit"] or record["dirty"]:
         state = "with uncommitted changes" if record["commit"] else "at no commit"
         raise PicogptError(f"{path} was measured {state}: measure it again from a clean checkout")
     if not record["device"]["name"] or not record["software"].get("torch"):
         raise PicogptError(f"{path} does not say on which device or with which torch it was measured")
-    corpus = record["corpus"]
-    distributed = record["task"] == "train" and record["machine"] and corpus.get("name") == fineweb.NAME
     if corpus and not distributed and corpus.get("text_sha256") != fetch.find(CORPUS).sha256:
         raise PicogptError(f"{path} was measured on {corpus.get('name')}: reference records stand on {CORPUS}")
 

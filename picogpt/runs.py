@@ -11,11 +11,7 @@ from picogpt import records
 from picogpt.errors import PicogptError, UsageError
 
 RESULTS = ("parameters", "steps", "epochs", "best_val_loss", "tokens_per_second", "train_seconds")
-SECTIONS = {
-    "config": "settings", "corpus": "corpus", "device": "device", "software": "software", "execution": "execution",
-    "results": "results",
-}  # fmt: skip
-"""Names in a comparison of the parts of a record, in order."""
+SECTIONS = ("settings", "corpus", "device", "software", "execution", "results")
 EXECUTION = ("machine", "commit", "dirty", "ranks", "threads", "micro_batch_size", "compiled")
 
 
@@ -35,12 +31,11 @@ def listed(weights: Path, model: str | None = None) -> tuple[list[dict[str, Any]
     """
     runs, damaged = [], []
     for folder in folders(weights, model):
+        parts, finished = folder.relative_to(weights).parts, (folder / "record.json").exists()
         try:
-            finished = (folder / "record.json").exists()
-            name = folder.relative_to(weights).parts[1]
-            values = _finished(folder) if finished else _begun(folder, weights)
-            date = values.pop("date").astimezone(UTC).isoformat(timespec="seconds")
-            runs.append({"folder": str(folder), "name": name, "finished": finished, **values, "date": date})
+            values = _finished(folder) if finished else _begun(folder, *parts)
+            values["date"] = values["date"].astimezone(UTC).isoformat(timespec="seconds")
+            runs.append({"folder": str(folder), "name": parts[1], "finished": finished, **values})
         except PicogptError as error:
             damaged.append(error)
     return sorted(runs, key=lambda run: run["date"], reverse=True), damaged
@@ -62,10 +57,8 @@ def find(name: str, weights: Path) -> Path:
     found = [parts for parts in runs if any(parts[start : start + len(wanted)] == wanted for start in starts)]
     if len(found) == 1:
         return runs[found[0]]
-    names = ", ".join("/".join(parts) for parts in found or runs)
-    raise UsageError(
-        f"several runs are called {name}: {names}" if found else f"no run is called {name}; there are: {names}"
-    )
+    problem = f"several runs are called {name}:" if found else f"no run is called {name}; there are:"
+    raise UsageError(f"{problem} {', '.join('/'.join(parts) for parts in found or runs)}")
 
 
 def differences(first: Path, second: Path) -> list[tuple[str, str, Any, Any]]:
@@ -75,15 +68,19 @@ def differences(first: Path, second: Path) -> list[tuple[str, str, Any, Any]]:
     """
     import pandas as pd
 
-    # Without astype, the numbers would be those of numpy.
-    one, two = (pd.json_normalize(_record(folder)).astype(object).iloc[0].to_dict() for folder in (first, second))
+    def values(folder: Path) -> dict[str, Any]:
+        record = _record(folder)
+        record |= {"settings": record["config"], "execution": {name: record.get(name) for name in EXECUTION}}
+        row = pd.json_normalize({section: record[section] for section in SECTIONS})
+        return row.astype(object).iloc[0].to_dict()  # as objects, numbers stay those of Python
+
+    one, two = values(first), values(second)
     found = []
-    for path in {**one, **two}:
-        section, _, key = (f"execution.{path}" if path in EXECUTION else path).partition(".")
-        if section in SECTIONS and one.get(path) != two.get(path):
+    for path in one | two:
+        if one.get(path) != two.get(path):
+            section, _, key = path.partition(".")
             found.append((section, key, one.get(path), two.get(path)))
-    found.sort(key=lambda difference: list(SECTIONS).index(difference[0]))
-    return [(SECTIONS[section], *values) for section, *values in found]
+    return sorted(found, key=lambda difference: SECTIONS.index(difference[0]))
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -97,21 +94,16 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _finished(folder: Path) -> dict[str, Any]:
-    """The values of a run with a record. Raises PicogptError when it cannot be read, or lacks a number."""
+    """The values of a run with a record. Raises PicogptError when it cannot be read."""
     record = _record(folder)
-    return {
-        "model": record["model"],
-        "corpus": record["corpus"].get("name"),
-        **{name: record["results"][name] for name in RESULTS},
-        "ranks": record["ranks"],
-        "device": record["device"]["name"],
-        "date": records.Record.model_validate(record).created,
-    }
+    results = {name: record["results"][name] for name in RESULTS}
+    origin = {"ranks": record["ranks"], "device": record["device"]["name"]}
+    date = datetime.fromisoformat(record["created"])
+    return {"model": record["model"], "corpus": record["corpus"].get("name"), **results, **origin, "date": date}
 
 
-def _begun(folder: Path, weights: Path) -> dict[str, Any]:
+def _begun(folder: Path, model: str, run: str, corpus: str | None = None) -> dict[str, Any]:
     """The values of a run without a record, from its metrics. They may be being written: the last line may be incomplete."""
-    model, _, *corpus = folder.relative_to(weights).parts
     metrics = folder / "checkpoints/metrics.jsonl"
     rows: list[dict[str, float]] = []
     for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
@@ -120,14 +112,10 @@ def _begun(folder: Path, weights: Path) -> dict[str, Any]:
         except (ValueError, TypeError, AttributeError):
             break
     last = {name: value for row in rows for name, value in row.items()}
-    return {
-        "model": model.replace("_", "-"),
-        "corpus": corpus[0] if corpus else None,
-        **{name: last.get(name) for name in RESULTS},
-        "steps": int(last["step"]) if "step" in last else None,
-        "epochs": last.get("epoch"),
-        "best_val_loss": min((row["val_loss"] for row in rows if "val_loss" in row), default=None),
-        "ranks": None,
-        "device": None,
-        "date": datetime.fromtimestamp((metrics if metrics.exists() else folder).stat().st_mtime, UTC),
-    }
+    steps = int(last["step"]) if "step" in last else None
+    best = min((row["val_loss"] for row in rows if "val_loss" in row), default=None)
+    results = {name: last.get(name) for name in RESULTS}
+    results |= {"steps": steps, "epochs": last.get("epoch"), "best_val_loss": best}
+    origin = {"ranks": None, "device": None}
+    date = datetime.fromtimestamp((metrics if metrics.exists() else folder).stat().st_mtime, UTC)
+    return {"model": model.replace("_", "-"), "corpus": corpus, **results, **origin, "date": date}

@@ -192,13 +192,13 @@ def test_the_words_of_schema_version_1_may_name_a_machine(tmp_path: Path):
     [
         ({"schema_version": 0}, "has schema version 0 and this picogpt reads 2"),
         ({"schema_version": 1, "kind": "tea"}, "has schema version 1"),
-        ({"task": None}, r"not a complete result record:\n  task=null"),
+        ({"task": None}, r"not a complete result record, .*: task=null"),
         ({"device": {"name": 5, "kind": "cpu", "cores": 2}}, r"device\.name=5"),
-        ({"device": "a CPU"}, 'device="a CPU"'),
+        ({"device": "a CPU"}, r"device\.name=null, device\.kind=null"),
         ({"dtype": ["int8"]}, r"dtype=\[\"int8\"\]"),
         ({"created": "yesterday"}, 'created="yesterday"'),
-        ({"results": {**TRAINED, "steps": "ten"}}, r"not a complete result record: no number in results\.steps"),
-        ({"config": {"train": None}}, r"no number in config\.train\.seed"),
+        ({"results": {**TRAINED, "steps": "ten"}}, r'a wrong type: results\.steps="ten"'),
+        ({"config": {"train": None}}, r"config\.train\.seed=null"),
         ({"missing": ["gpt2 MB"]}, "missing="),
     ],
 )

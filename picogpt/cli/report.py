@@ -12,8 +12,7 @@ from picogpt.errors import UsageError
 PATH = click.Path(path_type=Path)
 OUT = click.option("--out", type=PATH, required=True)
 REFERENCES = click.option(
-    "--reference", "reference_files", type=PATH, multiple=True,
-    help="Record of results/reference/, shown as such where nothing was measured here; repeatable.",
+    "--reference", "reference_files", type=PATH, multiple=True, help="Record of results/reference/, shown as such where nothing was measured here; repeatable.",
 )  # fmt: skip
 
 
@@ -59,9 +58,7 @@ def summary(**arguments: Any) -> None:
 @click.option("--template", type=PATH, required=True)
 @click.option("--summary", type=PATH, required=True)
 @click.option("--record", "record_files", type=PATH, multiple=True)
-@click.option(
-    "--sample", "samples", type=PATH, multiple=True, help="Text that the template shows by its file name; repeatable."
-)
+@click.option("--sample", "samples", type=PATH, multiple=True, help="Text, shown by its file name; repeatable.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Value that the template uses; repeatable.")
 @click.option("--hardware", multiple=True, help="Machine whose training ladder is shown; repeatable.")
 @REFERENCES

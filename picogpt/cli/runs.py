@@ -72,7 +72,7 @@ def diff(first: str, second: str) -> None:
         rows.append((section, "", "", ""))
         comma = "," if section == "results" else ""  # a setting is shown as --set takes it
         for _, key, one, two in group:
-            amount = _shown(two - one, "+" + comma) if _is_number(one) and _is_number(two) else ""
+            amount = _shown(two - one, "+" + comma) if {type(one), type(two)} <= {int, float} else ""
             rows.append((f"  {key}", _shown(one, comma), _shown(two, comma), amount))
     click.echo(_aligned(rows, range(1, 4)))
     if {section for section, *_ in differing} == {"results"}:
@@ -82,30 +82,25 @@ def diff(first: str, second: str) -> None:
 def _row(run: dict[str, Any]) -> list[str]:
     """A line of the list."""
 
-    def shown(name: str, form: str) -> str:
-        return "-" if run[name] is None else f"{run[name]:{form}}"
+    def shown(name: str, form: str, missing: str = "-") -> str:
+        return missing if run[name] is None else f"{run[name]:{form}}"
 
-    steps = "no step" if run["steps"] is None else f"{run['steps']:,}"
-    steps += "" if run["epochs"] is None else f" ({run['epochs']:.2f})"
+    steps = shown("steps", ",d", "no step") + (f" ({run['epochs']:.2f})" if run["epochs"] is not None else "")
     ranks = f", {run['ranks']} ranks" if (run["ranks"] or 1) > 1 else ""
-    numbers = (shown("best_val_loss", ".4f"), shown("tokens_per_second", ",.0f"), shown("train_seconds", ",.0f"))
     date = datetime.fromisoformat(run["date"]).astimezone()
     return [
         run["name"], run["model"], shown("corpus", ""), shown("parameters", ",d"),
-        steps if run["finished"] else f"unfinished: {steps}", *numbers, shown("device", "") + ranks, f"{date:%Y-%m-%d %H:%M}",
+        steps if run["finished"] else f"unfinished: {steps}", shown("best_val_loss", ".4f"), shown("tokens_per_second", ",.0f"),
+        shown("train_seconds", ",.0f"), shown("device", "") + ranks, f"{date:%Y-%m-%d %H:%M}",
     ]  # fmt: skip
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _shown(value: Any, form: str) -> str:
     """A value of a record in a few characters; `form` begins the format of a number."""
-    if _is_number(value):
-        return f"{value:{form}}" if isinstance(value, int) else f"{value:{form}.7g}"
     if isinstance(value, str):
         return value[:12] if re.fullmatch("[0-9a-f]{40,64}", value) else value
+    if type(value) in (int, float):  # not bool
+        return f"{value:{form}}" if isinstance(value, int) else f"{value:{form}.7g}"
     return "-" if value is None else json.dumps(value)
 
 

@@ -9,24 +9,20 @@ from typing import Any
 
 import pandas as pd
 
-from picogpt import machines, records, reference
+from picogpt import machines, records
 from picogpt.config import config_folder
 from picogpt.data.fetch import find
 from picogpt.errors import PicogptError
 from picogpt.files import write_text
-from picogpt.records import Key, Records
+from picogpt.records import Key, Records, at
+from picogpt.reference import CORPUS, check, require_good
 from picogpt.report.ladder import compare_with_baselines
 
-CORPUS = "tinyshakespeare"
-"""The text that every published loss was measured on."""
-TRAIN_VAL_TOKENS = {(1_003_854, 111_540), (301_966, 36_059)}
-"""The sizes of its two parts, in characters and in GPT-2's tokens."""
 COLUMNS = ["section", "metric", "published", "measured", "unit", "device", "status", "note"]
 PUBLISHED_COLUMNS = (
     "section", "metric", *Key._fields, "key", "unit", "published", "source", "tolerance", "better", "device",
     "depends_on_text", "comparable", "note",
 )  # fmt: skip
-ALLOWED = {"better": ["", "higher", "lower"], "depends_on_text": ["no", "yes"], "comparable": ["no", "yes"]}
 
 
 @functools.cache
@@ -47,13 +43,13 @@ def published() -> pd.DataFrame:
             rows[column] = numbers.astype(object).where(numbers.notna(), None)
     except (OSError, ValueError) as error:
         raise PicogptError(f"cannot read {path}: {error}") from error
-    for column, allowed in ALLOWED.items():
+    answers = {"better": ["", "higher", "lower"], "depends_on_text": ["no", "yes"], "comparable": ["no", "yes"]}
+    for column, allowed in answers.items():
         for row, value in rows.loc[~rows[column].isin(allowed), column].items():
-            raise PicogptError(
-                f"{path}, line {row + 2}: {column} is {value!r}, not {' or '.join(filter(None, allowed))}"
-            )
-    if (twice := rows.duplicated(["section", "metric"])).any():
-        raise PicogptError(f"{path}, line {twice.idxmax() + 2}: duplicate metric {rows.metric[twice.idxmax()]!r}")
+            wanted = " or ".join(filter(None, allowed))
+            raise PicogptError(f"{path}, line {row + 2}: {column} is {value!r}, not {wanted}")
+    for row, metric in rows.loc[rows.duplicated(["section", "metric"]), "metric"].items():
+        raise PicogptError(f"{path}, line {row + 2}: duplicate metric {metric!r}")
     return rows
 
 
@@ -64,10 +60,11 @@ def published_for(key: Key) -> dict[str, dict[str, Any]]:
 
 
 def on_published_text(record: dict[str, Any]) -> bool:
-    """Whether a record was measured on the published text and split, by hash and sizes: a name proves nothing."""
+    """Whether a record was measured on the text and split of every published loss, by hash and sizes: a name proves nothing."""
     corpus = record["corpus"]
-    sizes = (corpus.get("train_tokens"), corpus.get("val_tokens"))
-    return corpus.get("text_sha256") == find(CORPUS).sha256 and sizes in TRAIN_VAL_TOKENS
+    sizes = {(1_003_854, 111_540), (301_966, 36_059)}  # of both parts, in characters and in GPT-2's tokens
+    here = (corpus.get("train_tokens"), corpus.get("val_tokens"))
+    return corpus.get("text_sha256") == find(CORPUS).sha256 and here in sizes
 
 
 def compare(measured: Records, references: Records) -> pd.DataFrame:
@@ -75,11 +72,8 @@ def compare(measured: Records, references: Records) -> pd.DataFrame:
 
     status: reproduced, better, differs, not comparable, or not measured here.
     """
-    rows = published().to_dict("records")
-    answers = []
-    for row in rows:
-        key = records.key(row)
-        answers.append(row | _answer(row, measured.get(key), references.get(key)))
+    keyed = [(row, records.key(row)) for row in published().to_dict("records")]
+    answers = [row | _answer(row, measured.get(key), references.get(key)) for row, key in keyed]
     return pd.DataFrame(answers, columns=COLUMNS, dtype=object)
 
 
@@ -113,9 +107,9 @@ def read_references(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
     found: dict[Key, dict[str, Any]] = {}
     for folder in dict.fromkeys(path.parent for path in paths):
         files = [path for path in paths if path.parent == folder]
-        reference.check(folder)
+        check(folder)
         for path in files:
-            reference.require_good(path, records.read(path))
+            require_good(path, records.read(path))
         # A ladder belongs to one machine: it never gets a rung from another.
         ladders = {key.machine for key in found if key.task == "ladder"}
         for key, record in read_records(files).items():
@@ -126,27 +120,24 @@ def read_references(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
 
 def number(record: dict[str, Any] | None, key: str) -> float | None:
     """A number in the results of a record; `tokens_per_second.0` is the first item of a list. None if there is none."""
-    results = record["results"] if record else {}
-    name, _, index = key.rpartition(".")
-    items = results.get(name)
-    value = dict(enumerate(items)).get(int(index)) if isinstance(items, list) and index.isdigit() else results.get(key)
+    value = at(record, f"results.{key}")
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _answer(row: dict[str, Any], record: dict[str, Any] | None, reference: dict[str, Any] | None) -> dict[str, Any]:
     """The measured value, its device, the status and the note beside a published row."""
-    measured, published = number(record, row["key"]), row["published"]
+    measured, published, text = number(record, row["key"]), row["published"], at(record, "corpus.name")
+    needs = f"needs {machines.load(row['machine']).title}" if row["machine"] in machines.names() else None
     if record is None or measured is None:
         why = record and (record.get("not_measured") or (record.get("missing") or {}).get(row["key"]))
-        return _not_here(row, reference, why or _needs(row) or "not in the records of this run")
+        return _not_here(row, reference, needs, why or needs or "not in the records of this run")
     answer = {"measured": measured, "device": record["device"]["name"], "note": row["note"]}
     if row["depends_on_text"] == "yes" and not on_published_text(record):
-        text = record["corpus"].get("name", "an unknown text")
-        note = f"measured on {text}, published for {CORPUS}, split 90/10"
+        note = f"measured on {text or 'an unknown text'}, published for {CORPUS}, split 90/10"
         return answer | {"status": "not comparable", "note": note}
     if row["device"] not in ("", answer["device"]):
         # A number of another device is never put beside the published one.
-        return _not_here(row, reference, f"published for {row['device']}; this machine is {answer['device']}")
+        return _not_here(row, reference, needs, f"published for {row['device']}; this machine is {answer['device']}")
     if published is None or row["comparable"] == "no":
         return answer | {"status": "not comparable", "note": row["note"] or "nothing is published"}
     tolerance = row["tolerance"] or 0
@@ -156,16 +147,11 @@ def _answer(row: dict[str, Any], record: dict[str, Any] | None, reference: dict[
     return answer | {"status": "better" if better else "differs"}
 
 
-def _not_here(row: dict[str, Any], reference: dict[str, Any] | None, reason: str) -> dict[str, Any]:
+def _not_here(row: dict[str, Any], reference: dict[str, Any] | None, needs: str | None, reason: str) -> dict[str, Any]:
     """The answer for a number that was not measured here: from a reference record, if it is of the device in question."""
     answer: dict[str, Any] = {"measured": None, "device": None, "status": "not measured here", "note": reason}
     there = number(reference, row["key"])
-    if reference and there is not None and (_needs(row) or row["device"] == reference["device"]["name"]):
+    if reference and there is not None and (needs or row["device"] == reference["device"]["name"]):
         note = f"{reason}; the number comes from a reference record of {reference['created'][:10]}"
         answer |= {"measured": there, "device": reference["device"]["name"], "note": note}
     return answer
-
-
-def _needs(row: dict[str, Any]) -> str | None:
-    """What a number of one machine needs; None for numbers that every machine can measure."""
-    return f"needs {machines.load(row['machine']).title}" if row["machine"] in machines.names() else None

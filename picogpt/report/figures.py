@@ -24,8 +24,6 @@ STYLE: Any = {
     "figure.facecolor": "white", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False,
 }  # fmt: skip
-LOSSES = ["train_loss", "val_loss", "train_loss_exact"]
-EVALUATED = {"part": "part of the text", "whole": "whole text"}
 PUBLISHED = {
     "train_loss_after": ("published, training", (8, 3)),
     "val_loss_after": ("published, final validation", (5, 3)),
@@ -43,7 +41,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
     train, val, exact_train = _losses(run_folder / "metrics.jsonl")
     results, device, lines = record["results"], record["device"], _references(record)
     marker: Any = {"linestyle": "none", "markeredgecolor": "white", "zorder": 5}
-    part = EVALUATED.get(record["config"]["train"].get("eval_train"))
+    part = {"part": "part of the text", "whole": "whole text"}.get(record["config"]["train"].get("eval_train"))
     unit = "token" if record["model"] == "gpt2" else "character"
     with drawing(out, 11, 4.6) as figure:
         whole, lower = figure.subplots(1, 2, width_ratios=(1, 1.5))
@@ -63,10 +61,9 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
             axes.set_title(title, loc="left", fontsize=11)
         lower.set_ylim(_magnified(train, val, [value for value, *_ in lines], results["epochs"]))
         whole.set_ylabel(f"loss, nats per {unit}")
-        handles, labels = lower.get_legend_handles_labels()
-        where: Any = {"loc": "lower left", "bbox_to_anchor": (0.005, 0.055)}
-        figure.legend(handles, labels, **where, ncols=3, fontsize=9.5, columnspacing=1.6)
-        model = " ".join(filter(None, (record["model"], record["machine"])))
+        legend: Any = {"loc": "lower left", "bbox_to_anchor": (0.005, 0.055), "ncols": 3, "columnspacing": 1.6}
+        figure.legend(*lower.get_legend_handles_labels(), fontsize=9.5, **legend)
+        model = str(records.key(record)).removeprefix("train ")
         title = f"{model} on {record['corpus'].get('name')}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {unit}s seen"
         figure.suptitle(title, x=0.012, ha="left", fontweight="bold")
         caption = (
@@ -95,12 +92,12 @@ def _losses(metrics: Path) -> list[pd.Series]:
 
     Those of batches are means over about a fortieth of the run, so that the trend is seen and not their noise.
     """
-    rows = records.read_lines(metrics)
+    rows, losses = records.read_lines(metrics), ("train_loss", "val_loss", "train_loss_exact")
     try:
-        frame = pd.DataFrame(rows, columns=["epoch", *LOSSES], dtype=float)
+        frame = pd.DataFrame(rows, columns=["epoch", *losses], dtype=float)
     except (ValueError, TypeError) as error:
         raise PicogptError(f"{metrics} has a loss that is no number: {error}") from error
-    train, val, exact_train = (frame[["epoch", loss]].dropna() for loss in LOSSES)
+    train, val, exact_train = (frame[["epoch", loss]].dropna() for loss in losses)
     train = train.groupby(np.arange(len(train)) // max(1, len(train) // 40)).mean()
     return [part.set_index("epoch").iloc[:, 0] for part in (train, val, exact_train)]
 
@@ -108,17 +105,17 @@ def _losses(metrics: Path) -> list[pd.Series]:
 def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int, ...]]]:
     """(value, label, colour, dashes) of the horizontal lines: published losses, and the floor of a bigram."""
     lines: list[tuple[float, str, str, tuple[int, ...]]] = []
-    floor = record["results"].get("closed_form_train_loss")
-    if floor is not None:
+    if (floor := record["results"].get("closed_form_train_loss")) is not None:
         lines.append((floor, f"lower bound of training, pair counts: {floor:.4f}", GREEN, (2, 1)))
     rows = published_for(records.key(record))
     for key, (name, dashes) in PUBLISHED.items():
-        if row := rows.get(key):
-            if row["comparable"] == "no":
-                name = "published, measured differently"
-            elif row["depends_on_text"] == "yes" and not on_published_text(record):
-                name += f" ({CORPUS})"
-            lines.append((row["published"], f"{name}: {row['published']:.4f}", GREY, dashes))
+        if not (row := rows.get(key)):
+            continue
+        if row["comparable"] == "no":
+            name = "published, measured differently"
+        elif row["depends_on_text"] == "yes" and not on_published_text(record):
+            name += f" ({CORPUS})"
+        lines.append((row["published"], f"{name}: {row['published']:.4f}", GREY, dashes))
     return lines
 
 
@@ -129,4 +126,5 @@ def _magnified(train: pd.Series, val: pd.Series, lines: list[float], epochs: flo
     low, high = settled.min(), settled.max()
     near = [value for value in lines if low - 0.5 * (high - low) < value < high + 1.5 * (high - low)]
     low, high = min([low, *near]), max([high, *near])
-    return low - 0.06 * (high - low), high + 0.06 * (high - low)
+    margin = 0.06 * (high - low)
+    return low - margin, high + margin

@@ -13,8 +13,7 @@ from picogpt.records import Records, at
 LOSS_TOLERANCE = 0.05
 """Nats by which the last loss of a rung may differ from the baseline's, because of rounding."""
 SAME = (
-    "device.name", "device.cores", "corpus.text_sha256", "config.model", "config.hardware.batch_size",
-    "config.hardware.block_size",
+    "device.name", "device.cores", "corpus.text_sha256", "config.model", "config.hardware.batch_size", "config.hardware.block_size",
 )  # fmt: skip
 """Values that all rungs of a ladder must share."""
 
@@ -32,7 +31,7 @@ class Ladder:
     def shape(self) -> tuple[int, int]:
         """(sequences per step, tokens per sequence) as measured, or else from the machine's file."""
         for record in self.rungs.values():
-            return record["config"]["hardware"]["batch_size"], record["config"]["hardware"]["block_size"]
+            return at(record, "config.hardware.batch_size"), at(record, "config.hardware.block_size")
         return self.machine.batch_size, self.machine.block_size
 
     @property
@@ -60,18 +59,15 @@ def compare_with_baselines(measured: Records) -> None:
     Raises PicogptError when a rung was measured on another device, text, model or batch than its baseline.
     """
     for key, record in measured.items():
-        if key.task != "ladder" or not record["results"]:
+        results, baseline = record["results"], measured.get(key._replace(rung="baseline"))
+        if key.task != "ladder" or not results:
             continue
-        record["results"].update(speedup=None, loss_difference=None)
-        baseline = measured.get(key._replace(rung="baseline"))
+        results.update(speedup=None, loss_difference=None)
         if not baseline or not baseline["results"]:
             continue
         for path in SAME:
-            if at(record, path) != at(baseline, path):
-                raise PicogptError(
-                    f"{key} was measured with {path} {at(record, path)}, and its baseline with {at(baseline, path)}:"
-                    " a ladder is one machine's; measure it again as a whole (delete its folder in results/records/ladder/)"
-                )
-        results, first = record["results"], baseline["results"]
-        results["speedup"] = results["tokens_per_second"] / first["tokens_per_second"]
-        results["loss_difference"] = results["final_loss"] - first["final_loss"]
+            if (ours := at(record, path)) != (first := at(baseline, path)):
+                advice = "measure the ladder again as a whole (delete its folder in results/records/ladder/)"
+                raise PicogptError(f"{key} was measured with {path} {ours}, and its baseline with {first}: {advice}")
+        results["speedup"] = results["tokens_per_second"] / baseline["results"]["tokens_per_second"]
+        results["loss_difference"] = results["final_loss"] - baseline["results"]["final_loss"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,8 @@ def write_page(
 
     Raises PicogptError when the template asks for something that is not there.
     """
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    blocks: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = Environment(undefined=StrictUndefined, **blocks)
     environment.filters["excerpt"] = lambda text, length: text if len(text) <= length else text[:length] + " …"
     measured, references = read_records(record_files), read_references(reference_files)
 
@@ -46,7 +45,7 @@ def write_page(
         return measured.get(key) or environment.undefined(f"there is no record of {key}")
 
     try:
-        rows = pd.read_csv(io.StringIO(read_text(summary)), dtype=str, keep_default_na=False)
+        rows = pd.read_csv(StringIO(read_text(summary)), dtype=str, keep_default_na=False)
         page = environment.from_string(read_text(template)).render(
             sections={name: group.to_dict("records") for name, group in rows.groupby("section")},
             record=record,
