@@ -20,15 +20,11 @@ PATH = click.Path(path_type=Path)
 
 run_option = click.option("--run", help=RUN_PATTERN)
 corpus_option = click.option("--corpus", help="Name of the text in results. [default: its registered or file name]")
-val_fraction_option = click.option(
-    "--val-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
-    help="Share of the text, at its end, for validation.",
-)
+FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
+val_fraction_option = click.option("--val-fraction", type=FRACTION, default=0.1, help="Of the text, at its end.")
 threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
-shards_option = click.option(
-    "--shard", "shards", type=click.IntRange(0), multiple=True, help="Number of a shard of fineweb-edu; repeatable."
+shard_option = click.option(
+    "--shard", "shards", type=click.IntRange(0), multiple=True, help="Of fineweb-edu; repeatable."
 )
 
 
@@ -37,11 +33,9 @@ shards_option = click.option(
 @click.option("--first", is_flag=True, help="Fetch only the first of the names that is available.")
 @click.option("--folder", type=PATH, default=RESOURCES, help="Folder for the downloaded files.")
 @click.option("--out", type=PATH, help="Also copy the file to this path (with one name, or --first).")
-@click.option(
-    "--status", type=PATH, help="Write to this JSON file which files the hub gave; a missing one is no error."
-)
+@click.option("--status", type=PATH, help="JSON file for what the hub gave; a missing file is no error.")
 @click.option("--attempt", type=click.IntRange(1), default=1, help="Number of this attempt, for the file of --status.")
-@shards_option
+@shard_option
 def fetch(
     names: tuple[str, ...],
     first: bool,
@@ -60,12 +54,13 @@ def fetch(
     A file that is here already is verified and not downloaded again.
     """
     from picogpt.data.fetch import HubStatus, endpoint, fetch_first
-    from picogpt.data.fineweb import dataset
     from picogpt.files import atomic_write, write_text
 
     if not names:
         return _list(folder)
     if bool(shards) != (FINEWEB in names):
+        from picogpt.data.fineweb import dataset
+
         held = f"{len(dataset().shards)} shards, {dataset().size / 1e9:.1f} GB together"
         raise UsageError(f"{FINEWEB} comes in {held}, chosen by number: picogpt fetch {FINEWEB} --shard 0 --shard 1")
     chosen = [f"{FINEWEB}/{shard}" for shard in shards]
@@ -75,8 +70,8 @@ def fetch(
         if other := [name for name in files if name not in from_hub]:
             raise UsageError(f"--status is for files of the hub, and {other[0]} is none")
         answers = {name: _ask(name, folder, status) for name in files}
-        left = HubStatus(attempt=attempt, endpoint=endpoint(), files=answers)
-        return write_text(status, left.model_dump_json(indent=2) + "\n")
+        asked = HubStatus(attempt=attempt, endpoint=endpoint(), files=answers)
+        return write_text(status, asked.model_dump_json(indent=2) + "\n")
     if out and len(files) > 1 and not first:
         raise UsageError("--out takes one file: name one asset, or pass --first")
     if first and from_hub:
@@ -104,20 +99,18 @@ def _list(folder: Path) -> None:
 
 def _from_hub(name: str) -> bool:
     """Whether the hub has the file, and not a source in config/assets.yaml. Raises UsageError for an unknown shard."""
-    from picogpt.data import fetch
+    from picogpt.data import fetch, fineweb
 
-    if name.startswith(f"{FINEWEB}/"):
-        from picogpt.data import fineweb
-
-        fineweb.shard(name.partition("/")[2])
-    return name in fetch.pretrained() or name.startswith(f"{FINEWEB}/")
+    data_set, _, number = name.partition("/")
+    return bool(data_set == FINEWEB and fineweb.shard(number)) or name in fetch.pretrained()
 
 
 def _fetch(name: str, folder: Path) -> Path:
     from picogpt.data import bpe, fetch, fineweb
 
-    if name.startswith(f"{FINEWEB}/"):
-        return fineweb.fetch_shard(name.partition("/")[2])
+    data_set, _, number = name.partition("/")
+    if data_set == FINEWEB:
+        return fineweb.fetch_shard(number)
     if name in fetch.pretrained():
         return fetch.fetch_pretrained(name)
     return bpe.fetch_ranks(folder) if name == bpe.RANKS else fetch.fetch(name, folder)
@@ -180,7 +173,7 @@ def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fract
 
 
 @tokenize.command(FINEWEB)
-@shards_option
+@shard_option
 @click.option("--join", "count", type=click.IntRange(1), help="Number of shards to join; writes manifest.json.")
 @click.option("--folder", type=PATH, default=WEIGHTS / "gpt2_tokenizer" / FINEWEB, help="For the tokens of all shards.")
 @click.option("--parquet", type=PATH, help="Parquet file of the shard. [default: the one in the hub client's cache]")

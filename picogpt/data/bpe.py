@@ -20,8 +20,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from picogpt import hardware
 from picogpt.data import fetch
-from picogpt.errors import PicogptError, UsageError
-from picogpt.files import atomic_write, sha256_file
+from picogpt.errors import UsageError
+from picogpt.files import atomic_write
 
 RANKS, MERGES = "gpt2-ranks", "gpt2-merges"
 """Names of the registered files."""
@@ -37,25 +37,19 @@ class GPT2Tokenizer:
 
     def __init__(self, ranks_file: str | Path):
         path, expected = Path(ranks_file), fetch.find(RANKS)
-        if not fetch.is_whole(path, expected):
-            found = f"has sha256 {sha256_file(path)}" if path.is_file() else "is not there"
-            raise PicogptError(
-                f"{path} {found}; expected {expected.sha256}: picogpt fetch {RANKS} brings GPT-2's ranks"
-            )
+        fetch.require(path, expected, f"picogpt fetch {RANKS}")
         self.sha256 = expected.sha256
         # Not tiktoken.load, which keeps a copy of each file that it reads in the system's temporary folder.
         lines = (line.split() for line in path.read_bytes().splitlines())
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         self.end_of_text: int | None = len(self.ranks)
-        special = {END_OF_TEXT: len(self.ranks)}
-        self.tiktoken = tiktoken.Encoding(
-            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=self.ranks, special_tokens=special
-        )
+        special, pattern = {END_OF_TEXT: len(self.ranks)}, r50k_pat_str
+        self.tiktoken = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=special)
         self.vocab_size = self.tiktoken.n_vocab
 
     @classmethod
     def fetched(cls, folder: str | Path) -> GPT2Tokenizer:
-        """The tokenizer from the file in `folder`. Downloads it first if it is missing, and raises like `fetch_ranks`."""
+        """The tokenizer from the file in `folder`. Downloads it if it is missing; raises as `fetch_ranks`."""
         return cls(fetch_ranks(folder))
 
     def encode(self, text: str) -> np.ndarray:

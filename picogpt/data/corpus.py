@@ -55,11 +55,7 @@ def name_of(texts: Sequence[Path], chosen: str | None) -> str:
 
 
 def tokenize_chars(
-    text_path: str | Path,
-    folder: str | Path,
-    corpus: str | None = None,
-    val_fraction: float = 0.1,
-    drop_unseen: bool = False,
+    text_path: Path, folder: Path, corpus: str | None = None, val_fraction: float = 0.1, drop_unseen: bool = False
 ) -> TokenData:
     """Split a UTF-8 text, first part for training, and write tokenizer and token files into `folder`.
 
@@ -80,12 +76,12 @@ def tokenize_chars(
     if len(val) < 2:
         raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
     parts = [tokenizer.encode(part) for part in (train, val)]
-    return _write(folder, parts, tokenizer, corpus or Path(text_path).stem, sha256_file(text_path))
+    return _write(folder, parts, tokenizer, corpus or text_path.stem, sha256_file(text_path))
 
 
 def tokenize_gpt2(
-    text_paths: Sequence[str | Path],
-    folder: str | Path,
+    text_paths: Sequence[Path],
+    folder: Path,
     tokenizer: GPT2Tokenizer,
     corpus: str | None = None,
     val_fraction: float = 0.1,
@@ -102,10 +98,10 @@ def tokenize_gpt2(
     documents = ([document for text in texts for document in text.split(END_OF_TEXT)] for texts in splits)
     parts = [tokenizer.encode_documents(some, threads) for some in documents]
     text_sha256 = hash_of_texts([sha256_file(path) for path in text_paths])
-    return _write(folder, parts, tokenizer, corpus or Path(text_paths[0]).stem, text_sha256)
+    return _write(folder, parts, tokenizer, corpus or text_paths[0].stem, text_sha256)
 
 
-def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
+def _split(path: Path, val_fraction: float) -> tuple[str, str]:
     """The text split in two, with the last `val_fraction` of its characters for validation."""
     text = read_text(path)
     if not text:
@@ -117,7 +113,7 @@ def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
 
 
 def _write(
-    folder: str | Path, parts: list[np.ndarray], tokenizer: CharTokenizer | GPT2Tokenizer, corpus: str, text_sha256: str
+    folder: Path, parts: list[np.ndarray], tokenizer: CharTokenizer | GPT2Tokenizer, corpus: str, text_sha256: str
 ) -> TokenData:
     """Write the token files of both splits, and the tokenizer of characters, into `folder`."""
     same: dict[str, Any] = {"corpus": corpus, "text_sha256": text_sha256, "tokenizer_sha256": tokenizer.sha256}
@@ -125,7 +121,7 @@ def _write(
     with exclusive_lock(folder, "tokenizing"):
         for split, ids in zip(("train", "val"), parts, strict=True):
             header = Header(split=split, dtype=ids.dtype.name, vocab_size=tokenizer.vocab_size, **same)
-            write_tokens(Path(folder) / f"{split}.bin", header, [(1, ids)])
+            write_tokens(folder / f"{split}.bin", header, [(1, ids)])
         if isinstance(tokenizer, CharTokenizer):
             tokenizer.save(folder)
     return open_data(folder)

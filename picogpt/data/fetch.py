@@ -124,17 +124,31 @@ def is_whole(path: Path, file: File) -> bool:
     return path.is_file() and path.stat().st_size == file.size and sha256_file(path) == file.sha256
 
 
+def require(path: Path, file: File, command: str) -> None:
+    """Raises PicogptError unless `path` holds exactly the registered bytes, which `command` brings."""
+    if not is_whole(path, file):
+        found = f"has sha256 {sha256_file(path)}" if path.is_file() else "is not there"
+        raise PicogptError(f"{path} {found}; {file.file} has sha256 {file.sha256}: {command} brings it")
+
+
 def fetch(name: str, folder: str | Path) -> Path:
     """Download the asset `name` into `folder`; without any request if it is there already.
 
     Raises Unreachable when no source answers, PicogptError when one serves other bytes.
     """
+    import tarfile
+
     asset = find(name)
     target = Path(folder) / asset.file
     if is_whole(target, asset):
         return target
     with exclusive_lock(target.parent, f"fetching {name}", f".{target.name}.lock"):
-        content = _extract(asset, asset.archive) if asset.archive else _download(asset)
+        content = _download(asset.archive or asset)
+        if archive := asset.archive:
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                members = [tar.extractfile(archive.member.format(part)) for part in archive.parts]
+                content = b"".join(member.read() for member in members if member)
+            content = _verified(content, asset, archive.file)
         with atomic_write(target) as file:
             file.write(content)
     return target
@@ -153,15 +167,6 @@ def fetch_first(names: Sequence[str], folder: str | Path) -> tuple[str, Path]:
             reasons.append(str(error))
             print(f"{name} cannot be had here", file=sys.stderr)
     raise Unreachable("\n".join(reasons))
-
-
-def _extract(asset: Asset, archive: Archive) -> bytes:
-    """The members of the archive, one after another."""
-    import tarfile
-
-    with tarfile.open(fileobj=io.BytesIO(_download(archive))) as tar:
-        members = [tar.extractfile(archive.member.format(part)) for part in archive.parts]
-        return _verified(b"".join(member.read() for member in members if member), asset, archive.file)
 
 
 def _download(file: Asset | Archive) -> bytes:
@@ -184,14 +189,14 @@ def _sources(file: Asset | Archive) -> Iterator[str]:
 
     Raises Unreachable when the index cannot be read.
     """
-    import requests
-    from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
-
     if mirror := os.environ.get(MIRROR_VARIABLE):
         yield f"{mirror.rstrip('/')}/{file.file}"
     if isinstance(file, Asset):
         yield from file.addresses
         return
+    import requests
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
+
     options = _pip_options()
     try:
         with PyPISimple(options.get("index-url", PYPI_SIMPLE_ENDPOINT)) as client:
@@ -237,12 +242,9 @@ def _receive(address: str, file: File) -> bytes:
 
 
 def _verified(content: bytes, file: File, source: str) -> bytes:
-    actual = hashlib.sha256(content).hexdigest()
-    if actual != file.sha256:
-        raise PicogptError(
-            f"{_without_passwords(source)} serves another file than {file.file}: sha256 {actual} ({len(content):,} bytes"
-            f" read), expected {file.sha256} ({file.size:,} bytes). Nothing was kept."
-        )
+    if (actual := hashlib.sha256(content).hexdigest()) != file.sha256:
+        difference = f"sha256 {actual}, expected {file.sha256}. Nothing was kept."
+        raise PicogptError(f"{_without_passwords(source)} serves another file than {file.file}: {difference}")
     return content
 
 
@@ -267,7 +269,7 @@ def endpoint() -> str:
 
 
 def read_status(path: Path) -> HubStatus | None:
-    """The status that a fetch rule left; None where there is no such file. Raises PicogptError for any other content."""
+    """The status that a fetch rule left; None where there is no file. Raises PicogptError for any other content."""
     try:
         return HubStatus.model_validate_json(read_text(path)) if path.exists() else None
     except ValidationError as error:

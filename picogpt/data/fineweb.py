@@ -16,10 +16,10 @@ from pydantic import Field
 from picogpt.config import Settings
 from picogpt.data import shards
 from picogpt.data.bpe import GPT2Tokenizer
-from picogpt.data.fetch import File, is_whole, obtain, read_registry
+from picogpt.data.fetch import File, obtain, read_registry, require
 from picogpt.data.tokens import Header, TokenData, write_tokens
 from picogpt.errors import PicogptError, UsageError
-from picogpt.files import exclusive_lock, sha256_file
+from picogpt.files import exclusive_lock
 from picogpt.progress import Encoding
 
 if TYPE_CHECKING:
@@ -61,59 +61,40 @@ def shard(number: int | str) -> File:
 
 def fetch_shard(number: int | str, cached_only: bool = False) -> Path:
     """The parquet file of a shard in the hub client's own cache. Raises like `fetch.obtain`."""
-    data, file, command = dataset(), shard(number), f"picogpt fetch {NAME} --shard {number}"
-    path = f"{data.folder}/{file.file}"
+    data, file = dataset(), shard(number)
+    path, command = f"{data.folder}/{file.file}", f"picogpt fetch {NAME} --shard {number}"
     return obtain(data.repository, path, data.revision, file.sha256, command, "dataset", cached_only)
 
 
 def tokenize(
-    number: int,
-    folder: str | Path,
-    tokenizer: GPT2Tokenizer,
-    val_documents: int,
-    file: str | Path | None = None,
-    threads: int = 0,
+    number: int, folder: Path, tokenizer: GPT2Tokenizer, val_documents: int, file: Path | None = None, threads: int = 0
 ) -> Path:
     """Write the tokens of a shard into `folder` and return their file; does nothing if it is complete already.
 
-    The first `val_documents` of the first shard go to `val.bin`. Every document ends with `<|endoftext|>`. The text comes
-    from `file`, or from the cache of the hub's client, without the network. On `threads` cores, 0 for all; the memory
-    does not grow with the shard.
+    The first `val_documents` of the first shard go to `val.bin`. Every document ends with `<|endoftext|>`. The text is
+    in `file`, or else in the cache of the hub's client; the network is not used. On `threads` cores, 0 for all; the
+    memory does not grow with the shard.
 
     Raises Unreachable when the text is not here, PicogptError when it is another or cannot be read.
     """
-    wanted, folder, held_out = shard(number), Path(folder), val_documents if number == 0 else 0
-    path = folder / shards.shard_file(number)
-    of_both: Any = {
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_sha256": tokenizer.sha256,
-        "text_sha256": wanted.sha256,
-    }
-    header = Header(split="train", corpus=NAME, first_document=held_out, **of_both)
-    headers = {path: header}
-    if held_out:  # first, because the documents are read in order
-        val = Header(split="val", corpus=NAME, first_document=0, documents=held_out, **of_both)
-        headers = {folder / shards.VAL: val, path: header}
+    path, text_sha256 = folder / shards.shard_file(number), shard(number).sha256
+    hashes = {"text_sha256": text_sha256, "tokenizer_sha256": tokenizer.sha256}
+    same: Any = {"corpus": NAME, "vocab_size": tokenizer.vocab_size, **hashes}
+    held_out = val_documents if number == 0 else 0
+    headers = {path: Header(split="train", first_document=held_out, **same)}
+    if held_out:  # before the documents for training: they are read in order
+        val = Header(split="val", first_document=0, documents=held_out, **same)
+        headers = {folder / shards.VAL: val, **headers}
     with exclusive_lock(folder, f"tokenizing shard {number}", f".{path.name}.lock"):
         if all(shards.is_whole(part, expected) for part, expected in headers.items()):
             return path
-        if file is None:
-            file = fetch_shard(number, cached_only=True)
-        elif not is_whole(source := Path(file), wanted):
-            found = (
-                f"{source.stat().st_size:,} bytes, sha256 {sha256_file(source)}"
-                if source.is_file()
-                else "it is not there"
-            )
-            expected = f"expected {wanted.size:,} bytes, sha256 {wanted.sha256}"
-            raise PicogptError(f"{source} is not {wanted.file} of {NAME}: {found}; {expected}")
-        table = _open(Path(file))
-        total = table.metadata.num_rows
+        if file:
+            require(file, shard(number), f"picogpt fetch {NAME} --shard {number}")
+        file = file or fetch_shard(number, cached_only=True)
+        table = _open(file)
+        total, documents = table.metadata.num_rows, _documents(table, file)
         if held_out >= total:
-            raise UsageError(
-                f"{file} has {total:,} documents: --val-documents {held_out} would leave none for training"
-            )
-        documents = _documents(table, Path(file))
+            raise UsageError(f"{file} has {total} documents: --val-documents {held_out} would leave none for training")
         with Encoding(f"{NAME} shard {number}", total) as bar:
             for part, header in headers.items():
                 some = itertools.islice(documents, header.documents)  # all that are left, for training
@@ -121,7 +102,7 @@ def tokenize(
     return path
 
 
-def join(folder: str | Path, count: int) -> TokenData:
+def join(folder: Path, count: int) -> TokenData:
     """Write the manifest over the first `count` shards in `folder`. Raises as `shards.join`."""
     return shards.join(folder, NAME, [(file.file, file.sha256) for file in map(shard, range(count))])
 

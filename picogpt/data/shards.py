@@ -28,9 +28,7 @@ from picogpt.progress import counting
 
 MANIFEST = "manifest.json"
 VAL = "val.bin"
-# An open shard takes a descriptor and a memory map. Linux gives a process 65,530 maps, and about a thousand descriptors,
-# or as many as it may ask for.
-MOST_OPEN = 1 << 14
+MOST_OPEN = 1 << 14  # Linux gives a process 65,530 memory maps, and an open shard takes one
 OTHER_FILES = 256
 HASH = r"^[0-9a-f]{64}$"
 
@@ -146,14 +144,13 @@ def open_shards(folder: str | Path) -> TokenData:
     return TokenData(TokenFile(path, manifest.header(), ids), val)
 
 
-def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) -> TokenData:
+def join(folder: Path, corpus: str, sources: Sequence[tuple[str, str]]) -> TokenData:
     """Write the manifest of a corpus: one shard for each of `sources`, (name, sha256) in their order.
 
     Every id is read once, to know that it is the one that was written.
 
     Raises PicogptError naming the shard that is missing, damaged, of another source, tokenizer or corpus.
     """
-    folder = Path(folder)
     parts: list[Part] = []
     same: dict[str, Any] = {"corpus": corpus}
     with exclusive_lock(folder, "joining shards"), counting("checking", len(sources) + 1) as advance:

@@ -41,24 +41,14 @@ class Header(Settings):
     text_sha256: str
     tokenizer_sha256: str
     data_sha256: str = ""
-    """Hash of the ids of both splits: files that belong together have the same, and a run knows its data by it.
-    In a file of a shard: of the ids in it; the manifest has the hash of all."""
-    first_document: int | None = None
-    """In a file of a shard: the index of its first document in the source."""
-    documents: int | None = None
-    """In a file of a shard: the number of documents, each terminated by `<|endoftext|>`."""
+    """Hash of the ids of both splits, by which a run knows its data; in a file of a shard: of the ids in the file."""
+    first_document: int | None = Field(None, description="in a file of a shard: its first one's index in the source")
+    documents: int | None = Field(None, description="in a file of a shard: number, each terminated by <|endoftext|>")
 
     @property
     def little_endian(self) -> np.dtype:
         """The dtype of the ids in the file."""
         return np.dtype(self.dtype).newbyteorder("<")
-
-    def difference(self, **expected: object) -> str:
-        """The first field that is not as expected, as in "its count is 3, not 5"; "" when all are."""
-        for field, value in expected.items():
-            if (found := getattr(self, field)) != value:
-                return f"its {field} is {found}, not {value}"
-        return ""
 
 
 @dataclass(frozen=True)
@@ -105,10 +95,10 @@ class TokenData:
 
 
 def write_tokens(
-    path: str | Path,
+    path: Path,
     header: Header,
     parts: Iterable[tuple[int, np.ndarray]],
-    advance: Callable[[int, int], object] = lambda documents, tokens: None,
+    advance: Callable[[int, int], object] | None = None,
 ) -> None:
     """Write a token file of any length, atomically; each of `parts` is a number of documents and their ids, shape (N,).
 
@@ -126,7 +116,8 @@ def write_tokens(
             file.write(content)
             digest.update(content)
             count, documents = count + len(ids), documents + more
-            advance(more, len(ids))
+            if advance:
+                advance(more, len(ids))
         known = {"count": count, "documents": documents, "data_sha256": digest.hexdigest()}
         header = header.model_copy(update=known if header.first_document is not None else {"count": count})
         file.seek(0)
@@ -158,8 +149,9 @@ def open_tokens(
     if size != (promised := start + header.count * header.little_endian.itemsize):
         held = f"{size:,} bytes where its header promises {promised:,}"
         raise PicogptError(f"{path} holds {held}: it was cut short or changed; {remedy}")
-    if wrong := header.difference(**expected):
-        raise PicogptError(f"{path} is not {belongs}: {wrong}; {remedy}")
+    for field, value in expected.items():
+        if (found := getattr(header, field)) != value:
+            raise PicogptError(f"{path} is not {belongs}: its {field} is {found}, not {value}; {remedy}")
     ids = np.memmap(path, header.little_endian, mode="r", offset=start, shape=(header.count,))
     tokens = TokenFile(path, header, ids)
     if check and header.count <= CHECKED_COUNT:
