@@ -21,7 +21,7 @@ PATH = click.Path(path_type=Path)
 run_option = click.option("--run", help=RUN_PATTERN)
 corpus_option = click.option("--corpus", help="Name of the text in results. [default: its registered or file name]")
 FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
-val_fraction_option = click.option("--val-fraction", type=FRACTION, default=0.1, help="Of the text, at its end.")
+val_fraction_option = click.option("--val-fraction", type=FRACTION, default=0.1, help="Validation share, at the end.")
 threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
 shard_option = click.option(
     "--shard", "shards", type=click.IntRange(0), multiple=True, help="Of fineweb-edu; repeatable."

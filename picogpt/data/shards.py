@@ -29,7 +29,7 @@ from picogpt.progress import counting
 MANIFEST = "manifest.json"
 VAL = "val.bin"
 MOST_OPEN = 1 << 14  # Linux gives a process 65,530 memory maps, and an open shard takes one
-OTHER_FILES = 256
+OTHER_FILES = 256  # descriptors that are left for everything else
 HASH = r"^[0-9a-f]{64}$"
 
 

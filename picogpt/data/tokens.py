@@ -62,8 +62,8 @@ class TokenFile:
     def check(self, ids: np.ndarray) -> None:
         """Raises PicogptError when one of `ids`, any shape, is not in the vocabulary."""
         if ids.size and (largest := int(ids.max())) >= (vocab_size := self.header.vocab_size):
-            held = f"the id {largest} in a vocabulary of {vocab_size}"
-            raise PicogptError(f"{self.path} holds {held}: tokenize the text again")
+            mistake = f"the id {largest} in a vocabulary of {vocab_size}"
+            raise PicogptError(f"{self.path} holds {mistake}: tokenize the text again")
 
     def is_undamaged(self) -> bool:
         """Whether the file, one of a shard, holds the ids and the documents that were written."""
@@ -95,10 +95,7 @@ class TokenData:
 
 
 def write_tokens(
-    path: Path,
-    header: Header,
-    parts: Iterable[tuple[int, np.ndarray]],
-    advance: Callable[[int, int], object] | None = None,
+    path: Path, header: Header, parts: Iterable[tuple[int, np.ndarray]], advance: Callable[..., object] | None = None
 ) -> None:
     """Write a token file of any length, atomically; each of `parts` is a number of documents and their ids, shape (N,).
 
