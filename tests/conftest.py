@@ -19,7 +19,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from picogpt import cli
-from picogpt.config import Experiment
+from picogpt.config import Experiment, GPT2Config
 from picogpt.data.bpe import GPT2Tokenizer, fetch_ranks
 from picogpt.data.corpus import tokenize_chars
 from picogpt.data.tokens import TokenData
@@ -30,14 +30,9 @@ LONGEST = ("test_workflow.py", "test_readme.py", "test_slurm.py", "test_fineweb_
 
 SMALL_MODEL = {"kind": "char-transformer", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1}
 SMALL_TRAIN = {
-    "dtype": "float32",
-    "steps": 40,
-    "batch_size": 4,
-    "optimizer": "muon",
-    "eval_interval": 10,
-    "warmup_steps": 4,
+    "dtype": "float32", "steps": 40, "batch_size": 4, "optimizer": "muon", "eval_interval": 10, "warmup_steps": 4,
     "weight_decay": 0.1,
-}
+}  # fmt: skip
 SMALL_RUNTIME = {"device": "cpu", "compile": "off", "log_interval": 3, "checkpoint_interval": 7}
 
 
@@ -202,3 +197,8 @@ def gpt2_resources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gpt2(gpt2_resources: Path) -> GPT2Tokenizer:
     return GPT2Tokenizer.fetched(gpt2_resources)
+
+
+def gpt2_config(**settings: object) -> GPT2Config:
+    """The settings of a GPT-2 with one small block, or with these `settings`."""
+    return GPT2Config(**{"kind": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, **settings})

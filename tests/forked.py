@@ -12,14 +12,18 @@ from collections.abc import Mapping
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PROGRAMS = {"picogpt": "picogpt.cli", "snakemake": "snakemake.cli", "driver": "driver", "rank": "rank"}
+PROGRAMS = {"picogpt": "picogpt.cli", "snakemake": "snakemake.cli", "rank": "rank"}
 """Modules with a `main` that reads sys.argv, as their scripts call it."""
 LOADED = ("snakemake.cli", "picogpt.cli", "picogpt.train.loop", "torch._dynamo")
 """What takes long to load; the server does not see this folder."""
 
 
 def run(
-    program: str, *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 900
+    program: str,
+    *arguments: object,
+    cwd: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 900,
 ) -> subprocess.CompletedProcess[str]:
     """As subprocess.run of the program, with its output captured. Raises subprocess.TimeoutExpired."""
     context = _server()
@@ -27,7 +31,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         for name in ("1", "2"):
             Path(folder, name).touch()
-        process = context.Process(target=_start, args=(words, os.getcwd(), dict(env or os.environ), folder))
+        process = context.Process(target=_start, args=(words, str(cwd or os.getcwd()), dict(env or os.environ), folder))
         process.start()
         process.join(timeout)
         if process.is_alive():

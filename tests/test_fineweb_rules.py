@@ -8,12 +8,11 @@ from pathlib import Path
 
 import forked
 import hub as hub_server
-import pytest
 import yaml
 from conftest import copy_source
 from hub import HELD_OUT, hub_path, parquet, registered, texts
-from test_workflow import SMALL, SNAKEMAKE, WORKFLOW
-from test_workflow import jobs as planned
+from pipeline import SMALL, WORKFLOW, needs_snakemake
+from pipeline import jobs as planned
 
 from picogpt import records
 from picogpt.data import fineweb, shards
@@ -37,7 +36,7 @@ def source_with(contents: list[bytes], tree: Path) -> Path:
     return tree
 
 
-@pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow]'")
+@needs_snakemake
 def test_the_rules(tmp_path: Path, gpt2_resources: Path):
     """In a copy of the source tree whose registry names two small shards."""
     contents = [parquet(texts(number)) for number in range(2)]
@@ -66,12 +65,12 @@ def test_the_rules(tmp_path: Path, gpt2_resources: Path):
 
     assert snakemake("resources/hub.json").returncode == 0
     assert answers() == {"pretrained": "unreachable", "fineweb-edu/0": "unreachable"}
-    assert "train_fineweb" not in planned(snakemake("-n"))  # the report will say so
+    assert "train_fineweb" not in planned(snakemake("-n").stdout)  # the report will say so
     with hub_server.running() as hub:
         hub.files.update({hub_path(number): content for number, content in enumerate(contents)})
         assert snakemake("resources/hub.json", endpoint=hub.address).returncode == 0
         assert answers() == {"pretrained": "refused", "fineweb-edu/0": "here"}
-        assert {"fetch_fineweb", "train_fineweb"} <= planned(snakemake("-n", endpoint=hub.address))
+        assert {"fetch_fineweb", "train_fineweb"} <= planned(snakemake("-n", endpoint=hub.address).stdout)
         notes = [f"resources/fineweb-edu/{number:05}.txt" for number in range(2)]
         fetched = snakemake(*notes, endpoint=hub.address)
         assert fetched.returncode == 0, fetched.stderr
@@ -87,6 +86,6 @@ def test_the_rules(tmp_path: Path, gpt2_resources: Path):
     trained = snakemake("media/gpt2_pair_loss.png")
     assert trained.returncode == 0, trained.stderr
     record = records.read(folder / "weights/gpt2/pipeline/fineweb-edu_pair/record.json")
-    assert (record["kind"], record["ranks"], record["micro_batch_size"]) == ("train gpt2 pair", 2, 1)
+    assert (record["machine"], record["ranks"], record["micro_batch_size"]) == ("pair", 2, 1)
     assert (record["corpus"]["name"], record["results"]["steps"]) == (fineweb.NAME, 4)
     assert (folder / "media/gpt2_pair_loss.png").stat().st_size > 10_000

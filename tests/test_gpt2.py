@@ -1,10 +1,12 @@
-"""GPT-2 is the reference implementation's, to the last digits."""
+"""GPT-2 is the reference implementation's, to the last digits; its kernels compute the same."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import gpt2_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from picogpt import models
 from picogpt.config import GPT2Config
@@ -16,33 +18,19 @@ from picogpt.models.pretrained import TRANSPOSED, VOCAB_SIZE
 from picogpt.sample import Decoding, generate
 
 transformers = pytest.importorskip("transformers")
+V = 997
 
 
-def reference(config: GPT2Config, vocab_size: int) -> torch.nn.Module:
-    """transformers' GPT-2 of the same shape, without dropout."""
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=vocab_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            n_positions=config.block_size,
-            attn_pdrop=0,
-            resid_pdrop=0,
-            embd_pdrop=0,
-        )
-    )
-
-
-def pair(config: GPT2Config, vocab_size: int) -> tuple[GPT2, torch.nn.Module]:
+def pair(config: GPT2Config) -> tuple[GPT2, torch.nn.Module]:
     """Ours and theirs with the same weights; biases and gains are disturbed, so that a forgotten one shows."""
-    ours = models.build(config, vocab_size, seed=0)
-    assert isinstance(ours, GPT2)
+    ours = models.build(config, V, seed=0)
     torch.manual_seed(1)
     for parameter in ours.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    theirs = reference(config, vocab_size)
+    c, no_dropout = config, dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0)
+    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, **shape, **no_dropout))
     state = {f"transformer.{n}": t.T if n.endswith(TRANSPOSED) else t for n, t in ours.state_dict().items()}
     missing = theirs.load_state_dict(state, strict=False)
     assert missing.missing_keys == ["lm_head.weight"]  # tied
@@ -52,10 +40,9 @@ def pair(config: GPT2Config, vocab_size: int) -> tuple[GPT2, torch.nn.Module]:
 
 @pytest.mark.parametrize("name", pretrained())
 def test_logits_loss_and_gradients_equal_the_reference_at_every_size(name: str):
-    config = pretrained()[name].config().model_copy(update={"n_layer": 1})
-    ours, theirs = pair(config, VOCAB_SIZE)
+    ours, theirs = pair(pretrained()[name].config().model_copy(update={"n_layer": 1}))
     for length in (1, 7, 130):
-        idx = torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(length))
+        idx = torch.randint(V, (2, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
             assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
     targets = idx.roll(-1, 1)
@@ -71,41 +58,58 @@ def test_logits_loss_and_gradients_equal_the_reference_at_every_size(name: str):
 
 
 def test_the_full_context_equals_the_reference():
-    config = GPT2Config(kind="gpt2", n_layer=2, n_head=4, n_embd=64)
-    ours, theirs = pair(config, 997)
-    idx = torch.randint(997, (1, 1024))
+    ours, theirs = pair(GPT2Config(kind="gpt2", n_layer=2, n_head=4, n_embd=64))
+    idx = torch.randint(V, (1, 1024))
     with torch.no_grad():
         assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
 
 
-def test_every_size_has_the_parameters_it_is_called_by():
+def test_every_size_has_the_parameters_it_is_called_by_and_the_stated_cost():
+    costs = []
     for asset in pretrained().values():
         with torch.device("meta"):
             model = GPT2(asset.config(), VOCAB_SIZE)
         assert round(sum(p.numel() for p in model.parameters()) / 1e6) == int(asset.parameters.removesuffix("M"))
-
-
-def test_the_cost_of_a_token_is_the_stated_formula():
-    with torch.device("meta"):
-        model = GPT2(GPT2Config(kind="gpt2"), VOCAB_SIZE)
-    assert round(model.flops_per_token() / 1e6) == 854
+        costs.append(round(model.flops_per_token() / 1e6))
+    assert costs[0] == 854
 
 
 def test_initial_weights_are_gpt2s():
-    model = models.build(GPT2Config(kind="gpt2", n_layer=8, n_embd=256, n_head=4), 4000, seed=0)
-    state = model.state_dict()
-    assert state["wte.weight"].std().item() == pytest.approx(0.02, rel=0.02)
-    assert state["h.3.mlp.c_fc.weight"].std().item() == pytest.approx(0.02, rel=0.02)
-    assert state["h.3.mlp.c_proj.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    state = models.build(gpt2_config(n_layer=8, n_embd=256, n_head=4), 4000, seed=0).state_dict()
+    for name, std in (("wte", 0.02), ("h.3.mlp.c_fc", 0.02), ("h.3.mlp.c_proj", 0.02 / 4)):
+        assert state[f"{name}.weight"].std().item() == pytest.approx(std, rel=0.02)
     assert not state["h.3.mlp.c_fc.bias"].any()
     assert (state["ln_f.weight"] == 1).all()
     assert "head.weight" not in state
 
 
+def test_the_model_alone_and_with_all_kernels_gives_the_same():
+    config, idx = gpt2_config(n_layer=2, block_size=40), torch.arange(80).view(2, 40) % 70
+    model = models.build(config, 70, seed=1)
+    alone = GPT2(config, 70)
+    alone.load_state_dict(model.state_dict())
+    assert torch.allclose(alone(idx), model(idx), atol=1e-6)
+    for attention in kernels.ATTENTION:
+        for loss in kernels.LOSSES:
+            kernels.use(model, attention, loss)
+            assert model(idx, idx).item() == pytest.approx(alone(idx, idx).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("layer", [kernels.Int8Linear, kernels.PackedLinear, kernels.Bfloat16Linear])
+def test_a_specialized_model_is_evaluated_with_its_own_output_layer(layer):
+    model, idx = models.build(gpt2_config(), 70, seed=1), torch.arange(16)[None]
+    if layer is kernels.PackedLinear and not kernels.can_pack(torch.float32):
+        pytest.skip("this torch cannot pack weights")
+    model = kernels.specialize(model if layer is kernels.PackedLinear else model.bfloat16(), layer).eval()
+    with torch.no_grad():
+        expected = F.cross_entropy(model(idx)[0].float(), idx[0])
+        assert model(idx, idx).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
 @pytest.mark.parametrize("vocab_size", [64, 65, 127])
 @pytest.mark.parametrize("budget", [1 << 28, 1 << 12])
 def test_the_fused_loss_is_cross_entropy_whatever_is_held_at_once(monkeypatch, vocab_size: int, budget: int):
-    monkeypatch.setattr("picogpt.models.kernels.LOGITS_BYTES", budget)  # 4 KiB: several parts
+    monkeypatch.setattr(kernels, "LOGITS_BYTES", budget)  # 4 KiB: several parts
     torch.manual_seed(0)
     x, weight = torch.randn(150, 16, requires_grad=True), torch.randn(vocab_size, 16, requires_grad=True)
     targets = torch.randint(vocab_size, (150,))
@@ -125,33 +129,29 @@ def test_columns_of_padding_take_no_part_in_the_loss():
     assert linear_cross_entropy(x, weight, torch.arange(4)).item() == pytest.approx(torch.tensor(65.0).log().item())
 
 
-def test_the_logits_of_the_whole_batch_are_never_held(monkeypatch: pytest.MonkeyPatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = [0]
+def test_the_logits_of_the_whole_batch_are_never_held(monkeypatch):
+    sizes = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), named=None):
             made = function(*arguments, **(named or {}))
-            for tensor in made if isinstance(made, tuple | list) else [made]:
-                if isinstance(tensor, torch.Tensor):
-                    largest[0] = max(largest[0], tensor.numel())
+            tensors = [part for part in (made if isinstance(made, tuple | list) else [made]) if torch.is_tensor(part)]
+            sizes.extend(tensor.numel() for tensor in tensors)
             return made
 
     N, V, C = 512, 1024, 8
-    monkeypatch.setattr("picogpt.models.kernels.LOGITS_BYTES", 64 * V * 4)
+    monkeypatch.setattr(kernels, "LOGITS_BYTES", 64 * V * 4)
     x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
     with Watch():
         linear_cross_entropy(x, weight, torch.randint(V, (N,))).backward()
-    assert 32 * V <= largest[0] <= 64 * V
+    assert 32 * V <= max(sizes) <= 64 * V
 
 
 def test_attention_in_blocks_in_bfloat16_is_as_exact_as_attention_written_out():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    rounded = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    y = kernels.fastest_attention(*rounded)
+    y = kernels.fastest_attention(*(x.bfloat16().requires_grad_() for x in (q, k, v)))
     assert y.grad_fn.name() == "BlockedAttentionBackward"
     assert (y.float() - exact).abs().max() < 0.02 * exact.abs().max()
 
@@ -170,36 +170,15 @@ def test_attention_in_blocks_is_attention(length: int):
 
 
 def test_dropout_drops_in_training_alone():
-    model = models.build(GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8, dropout=0.5), 11, seed=0)
-    idx = torch.arange(8)[None]
+    model, idx = models.build(gpt2_config(dropout=0.5), 11, seed=0), torch.arange(8)[None]
     assert not torch.equal(model(idx), model(idx))
     model.eval()
     assert torch.equal(model(idx), model(idx))
 
 
 def test_an_id_beyond_the_vocabulary_is_an_error():
-    model = models.build(GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8), 11, seed=0)
     with pytest.raises(IndexError):
-        model(torch.tensor([[11]]))
-
-
-def test_a_checkpoint_of_another_size_is_refused(picogpt, gpt2, gpt2_resources: Path, tmp_path: Path):
-    from picogpt.checkpoint import save_weights
-    from picogpt.config import Experiment
-
-    config = GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8)
-    claimed = Experiment.model_validate(
-        {"model": {**config.model_dump(), "n_embd": 32, "n_layer": 2}, "train": {"steps": 1}}
-    )
-    corpus = {"tokenizer_sha256": gpt2.sha256}
-    save_weights(tmp_path / "best.pt", models.build(config, VOCAB_SIZE, 0), claimed, VOCAB_SIZE, corpus, 1, 1.0)
-    (tmp_path / "resources").symlink_to(gpt2_resources)
-    run = picogpt("sample", "gpt2", "--ckpt", "best.pt")
-    assert run.status == 1
-    assert "best.pt does not fit the model" in run.err
-    assert "h.0.attn.c_attn.bias has shape (48,), not (96,)" in run.err
-    run = picogpt("sample", "gpt2", "--ckpt", "best.pt", "--tokenizer-dir", "x")
-    assert (run.status, "leave out --tokenizer-dir" in run.err) == (2, True)
+        models.build(gpt2_config(), 11, seed=0)(torch.tensor([[11]]))
 
 
 def test_the_file_can_be_read_in_a_sitting():
@@ -209,10 +188,9 @@ def test_the_file_can_be_read_in_a_sitting():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 def test_on_a_gpu_logits_loss_and_gradients_are_those_of_the_cpu():
-    config = GPT2Config(kind="gpt2", n_layer=2, n_head=4, n_embd=64, block_size=128)
-    ours = models.build(config, 997, seed=0)
-    there = models.build(config, 997, seed=0).cuda()
-    idx = torch.randint(997, (2, 128))
+    config = gpt2_config(n_layer=2, n_head=4, n_embd=64, block_size=128)
+    ours, there = models.build(config, V, seed=0), models.build(config, V, seed=0).cuda()
+    idx = torch.randint(V, (2, 128))
     loss, loss_there = ours(idx, idx), there(idx.cuda(), idx.cuda())
     assert loss_there.item() == pytest.approx(loss.item(), abs=1e-4)
     loss.backward()
@@ -225,8 +203,7 @@ def test_on_a_gpu_logits_loss_and_gradients_are_those_of_the_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 @pytest.mark.parametrize("lengths", [(5,), (5, 60, 9)])
 def test_on_a_gpu_a_graph_gives_the_tokens_of_the_model_without_a_cache(lengths: tuple[int, ...]):
-    config = GPT2Config(kind="gpt2", n_layer=2, n_head=4, n_embd=64, block_size=64)
-    model = models.build(config, 997, seed=0).cuda().eval()
-    prompts = [torch.randint(997, (length,), device="cuda") for length in lengths]
+    model = models.build(gpt2_config(n_layer=2, n_head=4, n_embd=64, block_size=64), V, seed=0).cuda().eval()
+    prompts = [torch.randint(V, (length,), device="cuda") for length in lengths]
     graph = generate(model, prompts, 150, Decoding(top_k=20), seed=3)
     assert torch.equal(graph, generate(model, prompts, 150, Decoding(top_k=20), seed=3, cached=False))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from hub import Hub
 from safetensors.torch import load_file, save
 
 from picogpt import models
-from picogpt.config import GPT2Config
+from picogpt.checkpoint import save_weights
+from picogpt.config import Experiment, GPT2Config
 from picogpt.data import fetch
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.errors import PicogptError, Refused, Unreachable, UsageError
@@ -26,8 +26,10 @@ from picogpt.models import pretrained
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.pretrained import TRANSPOSED, load_safetensors
 from picogpt.registry import GPT2_SIZES, Size
+from picogpt.sample import Decoding, generate
 
 CONFIG = GPT2Config(kind="gpt2", n_layer=2, n_head=2, n_embd=8)
+SHAPE = [f"--set=model.{key}" for key in ("n_layer=2", "n_head=2", "n_embd=8")]
 REVISION = "0123456789" * 4
 
 
@@ -164,54 +166,54 @@ def test_where_no_hub_answers_the_message_names_it(hub: Hub, monkeypatch: pytest
         fetch.fetch_pretrained("pretrained")
 
 
-def test_the_commands(hub: Hub, picogpt, monkeypatch, gpt2_resources: Path, tmp_path: Path, corpus: Path):
+@pytest.fixture
+def working(tmp_path: Path, gpt2_resources: Path, corpus: Path, picogpt, hub: Hub) -> Path:
+    """A working folder with GPT-2's tokenizer and the tokens of a text."""
     (tmp_path / "resources").symlink_to(gpt2_resources)
-    run = picogpt("sample", "gpt2-pretrained", "-n", 5, "--prompt", "Hello")
-    assert run.status == 0, run.err
-    assert run.out.startswith("Hello")
-    assert picogpt("fetch", "pretrained").out.startswith("pretrained: ")
-    assert picogpt("tokenize", "gpt2", "--text", corpus, "--run", "t").status == 0
-    out = ["--out", "record.json"]
-    assert picogpt("evaluate", "gpt2-pretrained", *out, "--prompt", "the king", "-n", 3).status == 0
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert record["results"]["val_loss"] == pytest.approx(10.8, abs=0.2)  # ln 50257: it knows nothing
-    assert len(record["results"]["texts"]) == 1
-    tune = ["train", "gpt2", "--init", "pretrained", "--run", "tuned", "--steps", 2, "--size", "cpu"]
-    tune += [f"--set=model.{key}" for key in ("n_layer=2", "n_head=2", "n_embd=8")]
-    # The small corpus does not fill one window of 1,024 tokens.
-    run = picogpt(*tune)
-    assert run.status == 1
-    assert "needs at least 2,048" in run.err
     (tmp_path / "long.txt").write_text(corpus.read_text() * 20)
     assert picogpt("tokenize", "gpt2", "--text", "long.txt", "--run", "long").status == 0
-    run = picogpt(*tune, "--set=train.learning_rate=0.01")
-    assert run.status == 0, run.err
-    assert "before training: val loss 10.8" in run.err
-    tuned = json.loads((tmp_path / "weights/gpt2/tuned/long/record.json").read_text())
-    assert tuned["config"]["train"]["init"] == "pretrained"
-    assert tuned["results"]["val_loss_after"] < tuned["results"]["val_loss_before"]
-    tune[tune.index("tuned")] = "worse"
+    return tmp_path
+
+
+def test_the_commands(working: Path, picogpt):
+    run = picogpt("sample", "gpt2-pretrained", "-n", 5, "--prompt", "Hello")
+    assert (run.status, run.out.startswith("Hello")) == (0, True), run.err
+    assert picogpt("fetch", "pretrained").out.startswith("pretrained: ")
+    evaluate = ["evaluate", "gpt2-pretrained", "--out", "record.json", "--prompt", "the king", "-n", 3]
+    assert picogpt(*evaluate).status == 0
+    record = json.loads((working / "record.json").read_text())
+    assert record["results"]["val_loss"] == pytest.approx(10.8, abs=0.2)  # ln 50257: it knows nothing
+    assert len(record["results"]["texts"]) == 1
+    for model, option in (("gpt2-pretrained", "--ckpt"), ("gpt2", "--tokenizer-dir")):
+        wrong = picogpt("sample", model, option, "x")
+        assert (wrong.status, f"leave out {option}" in wrong.err) == (2, True), wrong.err
+
+
+def test_fine_tuning_keeps_the_better_weights_and_asks_for_them_once(hub, working: Path, picogpt, monkeypatch):
+    tune = ["train", "gpt2", "--init=pretrained", "--steps=2", "--size=cpu", "--set=train.learning_rate=0.01", *SHAPE]
+
+    def results(run: str) -> dict:
+        return json.loads((working / f"weights/gpt2/{run}/long/record.json").read_text())["results"]
+
+    run = picogpt(*tune, "--run", "tuned")
+    assert (run.status, "before training: val loss 10.8" in run.err) == (0, True), run.err
+    assert results("tuned")["val_loss_after"] < results("tuned")["val_loss_before"]
     losses = count(1.0)  # each evaluation is worse than the one before
     with monkeypatch.context() as patch:
         patch.setattr("picogpt.train.loop.evaluate", lambda *rest, **named: next(losses))
-        assert picogpt(*tune).status == 0
-    worse = json.loads((tmp_path / "weights/gpt2/worse/long/record.json").read_text())["results"]
-    assert worse["val_loss_after"] > worse["val_loss_before"] == worse["best_val_loss"]
-    assert worse["best_step"] == 0
-    tune[tune.index("worse")] = "tuned"
+        assert picogpt(*tune, "--run", "worse").status == 0
+    assert results("worse")["val_loss_before"] == results("worse")["best_val_loss"] == 1
+    assert (results("worse")["best_step"], results("worse")["val_loss_after"]) == (0, 2)
     # What is finished, or can be gone on from, asks nobody for OpenAI's weights again.
-    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(working / "cache")
     hub.status = 404
-    again = picogpt(*tune, "--set=train.learning_rate=0.01")
-    assert (again.status, "is finished already" in again.err) == (0, True), again.err
-    shutil.rmtree(tmp_path / "weights/gpt2/tuned")
-    gone = picogpt(*tune, "--set=train.learning_rate=0.01")
-    assert (gone.status, "answers 404" in gone.err) == (1, True), gone.err
-    deeper = picogpt(*tune, "--set=model.n_layer=3", "--set=train.learning_rate=0.01")
-    assert (deeper.status, "no pretrained weights fit n_layer=3" in deeper.err) == (2, True), deeper.err
-
-    wrong = picogpt("sample", "gpt2-pretrained", "--ckpt", "x.pt")
-    assert (wrong.status, "leave out --ckpt" in wrong.err) == (2, True)
+    for arguments, status, message in (
+        (["--run", "tuned"], 0, "is finished already"),
+        (["--run", "other"], 1, "answers 404"),
+        (["--run", "deeper", "--set=model.n_layer=3"], 2, "no pretrained weights fit n_layer=3"),
+    ):
+        run = picogpt(*tune, *arguments)
+        assert (run.status, message in run.err) == (status, True), run.err
 
 
 def test_fine_tuning_begins_with_the_weights(hub: Hub):
@@ -225,82 +227,67 @@ def test_fine_tuning_begins_with_the_weights(hub: Hub):
         pretrained.name_for(CONFIG.model_copy(update={"n_layer": 3}), 50257)
 
 
-def test_what_could_not_be_measured_is_recorded_as_such(
-    hub: Hub, picogpt, gpt2_resources: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_could_not_be_measured_is_recorded_as_such(working: Path, picogpt, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    (tmp_path / "resources").symlink_to(gpt2_resources)
-    assert picogpt("tokenize", "gpt2", "--text", corpus, "--run", "t").status == 0
     assert picogpt("evaluate", "gpt2-pretrained").status == 1
     for command in (["evaluate"], ["bench", "sample"]):
         run = picogpt(*command, "gpt2-pretrained", "--optional", "--out", "record.json")
-        assert run.status == 0
-        assert "not measured here: hub unreachable" in run.err
-        assert json.loads((tmp_path / "record.json").read_text())["not_measured"] == "hub unreachable"
+        assert (run.status, "not measured here: hub unreachable" in run.err) == (0, True), run.err
+        assert json.loads((working / "record.json").read_text())["not_measured"] == "hub unreachable"
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[bytes | dict], GPT2]:
+    """Read a file with these tensors, or with this content."""
+
+    def read(content: bytes | dict[str, torch.Tensor]) -> GPT2:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(content if isinstance(content, bytes) else save(content))
+        return load_safetensors(path, CONFIG, 50257)
+
+    return read
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "tensor", "message"),
     [
-        (lambda state: state.pop("h.1.ln_2.bias"), r"h\.1\.ln_2\.bias is missing"),
-        (lambda state: state.update({"h.2.ln_2.bias": torch.zeros(8)}), r"h\.2\.ln_2\.bias is unknown"),
-        (
-            lambda state: state.update({"wpe.weight": torch.zeros(7, 8)}),
-            r"wpe\.weight has shape \(7, 8\), not \(1024, 8\)",
-        ),
-        (
-            lambda state: state.update({"h.0.attn.c_attn.weight": torch.zeros(24, 8)}),
-            r"c_attn\.weight has shape \(8, 24\)",
-        ),
-        (lambda state: state.update({"wte.weight": torch.zeros(50257)}), r"wte\.weight has shape"),
+        ("h.1.ln_2.bias", None, r"h\.1\.ln_2\.bias is missing"),
+        ("h.2.ln_2.bias", torch.zeros(8), r"h\.2\.ln_2\.bias is unknown"),
+        ("wpe.weight", torch.zeros(7, 8), r"wpe\.weight has shape \(7, 8\), not \(1024, 8\)"),
+        ("h.0.attn.c_attn.weight", torch.zeros(24, 8), r"c_attn\.weight has shape \(8, 24\)"),
+        ("wte.weight", torch.zeros(50257), r"wte\.weight has shape"),
+        ("lm_head.weight", torch.zeros(50257, 8), "head is tied"),
+        ("ln_f.bias", torch.zeros(8, dtype=torch.int64), r"ln_f\.bias holds torch\.int64"),
     ],
 )
-def test_other_tensors_are_named(tmp_path: Path, change: Callable, message: str):
-    state = openai_names(small())
-    change(state)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(save(state))
+def test_other_tensors_are_named(read, name: str, tensor: torch.Tensor | None, message: str):
+    state = {**openai_names(small()), name: tensor}
     with pytest.raises(PicogptError, match=f"model.safetensors does not fit the model: .*{message}"):
-        load_safetensors(path, CONFIG, 50257)
+        read({name: tensor for name, tensor in state.items() if tensor is not None})
 
 
 @pytest.mark.parametrize("damage", ["length", "long", "cut", "empty", "offsets", "text"])
-def test_a_header_that_lies_is_found_out(tmp_path: Path, content: bytes, damage: str):
+def test_a_header_that_lies_is_found_out(read, content: bytes, damage: str):
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["wte.weight"]["data_offsets"][1] += 4
     lying = json.dumps(header).encode()
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(
-        {
-            "length": (size + 1000).to_bytes(8, "little") + content[8:],
-            "long": (1 << 62).to_bytes(8, "little") + content[8:],
-            "cut": content[:-100],
-            "empty": b"",
-            "offsets": len(lying).to_bytes(8, "little") + lying + content[8 + size :],
-            "text": b"not at all a safetensors file",
-        }[damage]
-    )
+    damaged = {
+        "length": (size + 1000).to_bytes(8, "little") + content[8:],
+        "long": (1 << 62).to_bytes(8, "little") + content[8:],
+        "cut": content[:-100],
+        "empty": b"",
+        "offsets": len(lying).to_bytes(8, "little") + lying + content[8 + size :],
+        "text": b"not at all a safetensors file",
+    }[damage]
     with pytest.raises(PicogptError, match=r"model\.safetensors is no whole safetensors file"):
-        load_safetensors(path, CONFIG, 50257)
+        read(damaged)
 
 
-def test_a_head_of_its_own_is_refused(tmp_path: Path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(save({**openai_names(small()), "lm_head.weight": torch.zeros(50257, 8)}))
-    with pytest.raises(PicogptError, match="head is tied"):
-        load_safetensors(path, CONFIG, 50257)
-    path.write_bytes(save({**openai_names(small()), "ln_f.bias": torch.zeros(8, dtype=torch.int64)}))
-    with pytest.raises(PicogptError, match=r"ln_f\.bias holds torch\.int64"):
-        load_safetensors(path, CONFIG, 50257)
-
-
-def test_files_with_transformers_own_prefix_are_read(tmp_path: Path):
+def test_files_with_transformers_own_prefix_are_read(read):
     state = {f"transformer.{n}": t for n, t in openai_names(small()).items()}
     state["lm_head.weight"] = state["transformer.wte.weight"].clone()
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(save(state))
-    assert torch.equal(load_safetensors(path, CONFIG, 50257).wpe.weight, small().wpe.weight)
+    assert torch.equal(read(state).wpe.weight, small().wpe.weight)
 
 
 def test_an_export_is_loaded_by_transformers_and_gives_the_same(gpt2: GPT2Tokenizer, tmp_path: Path):
@@ -315,8 +302,6 @@ def test_an_export_is_loaded_by_transformers_and_gives_the_same(gpt2: GPT2Tokeni
     assert tokenizer.decode(ids[0]) == text
     with torch.no_grad():
         assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
-    from picogpt.sample import Decoding, generate
-
     greedy = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert greedy[0, ids.size(1) :].tolist() == generate(model, [ids[0]], 20, Decoding(0), seed=0)[0].tolist()
     # And back: our own reader takes it.
@@ -337,17 +322,11 @@ main()
 
 
 def test_without_space_an_export_leaves_nothing(gpt2: GPT2Tokenizer, gpt2_resources: Path, tmp_path: Path):
-    from picogpt.checkpoint import save_weights
-    from picogpt.config import Experiment
-
-    experiment = Experiment.model_validate({"model": CONFIG.model_dump(), "train": {"steps": 1}})
-    corpus = {"tokenizer_sha256": gpt2.sha256}
-    save_weights(tmp_path / "best.pt", small(), experiment, 50257, corpus, 1, 1.0)
+    experiment = Experiment(model=CONFIG, train={"steps": 1})
+    save_weights(tmp_path / "best.pt", small(), experiment, 50257, {"tokenizer_sha256": gpt2.sha256}, 1, 1.0)
     (tmp_path / "resources").symlink_to(gpt2_resources)
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, "best.pt"], cwd=tmp_path, capture_output=True, text=True, env=os.environ
-    )
-    assert run.returncode == 1
-    assert run.stderr.startswith("picogpt: cannot export to out: ")
+    line = [sys.executable, "-c", FULL_DISK, "best.pt"]
+    run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stderr.startswith("picogpt: cannot export to out: ")) == (1, True), run.stderr
     assert "Traceback" not in run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "resources"]

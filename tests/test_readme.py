@@ -16,6 +16,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,16 +26,16 @@ import pytest
 import yaml
 from conftest import ROOT, copy_source, text_of_words
 from hub import hub_path, parquet, registered
+from pipeline import SMALL, WORKFLOW, needs_snakemake
 from safetensors.torch import save
 from test_pretrained import CONFIG, REVISION, openai_names, small
-from test_workflow import SMALL, SNAKEMAKE, WORKFLOW
 
 from picogpt.data import fineweb
 
 BIN = Path(sys.executable).parent
 PROGRAMS = ("make", "picogpt", "pip", "pixi", "python", "snakemake", "torchrun")
-NO_COMMANDS = ("csv", "json", "python", "text", "yaml")
-"""Languages of fenced blocks that hold something else."""
+NO_COMMANDS = ("bash", "csv", "json", "python", "text", "yaml")
+"""Languages of fenced blocks that hold something else, or (bash, the recipe of a model) have a test of their own."""
 TIMEOUT_S = 600
 
 
@@ -52,14 +53,19 @@ class Command(NamedTuple):
 def commands(page: str) -> list[Command]:
     """All commands of a page, in order, each once."""
     first: dict[str, Command] = {}
-    for command in sorted([*_fenced(page), *_inline(page)], key=lambda command: command.line):
+    for command in sorted([*_fenced(page), *_inline(page)]):
         first.setdefault(command.text, command)
     return list(first.values())
 
 
+BLOCK = re.compile(r"^ *```(.*)\n((?:.*\n)*?) *```$", re.MULTILINE)
+
+
 def _fenced(page: str) -> Iterator[Command]:
-    for block in re.finditer(r"^ *```(.*)\n((?:.*\n)*?) *```$", page, re.MULTILINE):
-        if block[1] in NO_COMMANDS or _is_listing(block[2]):
+    for block in BLOCK.finditer(page):
+        word = block[2].split(maxsplit=1)[0].removeprefix(".venv/bin/")
+        # A block that begins with a file or folder of this repository that is no program shows files.
+        if block[1] in NO_COMMANDS or (word not in PROGRAMS and (ROOT / word).exists()):
             continue
         line = page.count("\n", 0, block.start()) + 2
         for text in re.split(r"(?<!\\)\n", block[2].rstrip()):
@@ -71,14 +77,8 @@ def _fenced(page: str) -> Iterator[Command]:
             line += text.count("\n") + 1
 
 
-def _is_listing(block: str) -> bool:
-    """Whether a block shows files: it begins with a file or folder of this repository that is no program."""
-    first = block.split(maxsplit=1)[0].removeprefix(".venv/bin/")
-    return first not in PROGRAMS and (ROOT / first).exists()
-
-
 def _inline(page: str) -> Iterator[Command]:
-    prose = re.sub(r"^ *```.*?^ *```$", lambda block: "\n" * block[0].count("\n"), page, flags=re.MULTILINE | re.DOTALL)
+    prose = BLOCK.sub(lambda block: "\n" * block[0].count("\n"), page)
     for span in re.finditer(r"`([^`]+)`", prose):
         command = Command(prose.count("\n", 0, span.start()) + 1, " ".join(span[1].split()))
         if " " in command.text and command.text.split()[0].removeprefix(".venv/bin/") in PROGRAMS:
@@ -117,8 +117,7 @@ SUBSTITUTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...]
 
 
 def plan_of_make(command: Command) -> None:
-    done = subprocess.run(["make", "-n", *shlex.split(command.text)[1:]], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check(in_a_shell(command.text.replace("make", "make -n", 1)))
 
 
 def task_of_pixi(command: Command) -> None:
@@ -147,8 +146,8 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
     tree = copy_source(tmp_path / "picogpt", "picogpt", *WORKFLOW, "Makefile", "pyproject.toml", "constraints.txt")
     for path in (tree / "config/models").glob("*.yaml"):
         rewrite(path, smaller)
-    ladder = {"ladder": {**SMALL["ladder"], "hardware": "auto"}}
-    rewrite(tree / "config/config.yaml", lambda settings: {**settings, **SMALL, **ladder})
+    shipped = {"size": "auto", "ladder": {**SMALL["ladder"], "hardware": "auto"}}
+    rewrite(tree / "config/config.yaml", lambda settings: {**settings, **SMALL, **shipped})
     few = {"block_size": 16, "steps": 3, "rungs": ["baseline", "fused_loss"]}
     rewrite(tree / "config/hardware/cpu.yaml", lambda machine: {**machine, **few})
 
@@ -168,13 +167,15 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
         rewrite(tree / "config/pretrained.yaml", lambda registry: serve_small(registry, running))
         rewrite(tree / "config/fineweb.yaml", lambda registry: serve_shards(running))
         monkeypatch.chdir(tree)
-        monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
-        monkeypatch.setenv("PYTHONPATH", str(tree))
-        monkeypatch.setenv("PICOGPT_MIRROR", str(tmp_path / "mirror"))
-        monkeypatch.setenv("HF_ENDPOINT", running.address)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two ranks run on any machine's CPU
-        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # so small, most of the work would be waiting in a loop
+        for name, value in {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONPATH": str(tree),
+            "PICOGPT_MIRROR": str(tmp_path / "mirror"),
+            "HF_ENDPOINT": running.address,
+            "HF_HOME": str(tmp_path / "hub"),
+            "CUDA_VISIBLE_DEVICES": "",  # two ranks run on any machine's CPU
+        }.items():
+            monkeypatch.setenv(name, value)
         yield tree
 
 
@@ -221,39 +222,31 @@ def run(command: Command) -> None:
     for pattern, replacement, _ in SUBSTITUTIONS:
         text = re.sub(pattern, replacement, text)
     name, *words = shlex.split(text)
-    for_a_shell = re.search(r"[$*?<>|&;~`]", text)
-    if name.removeprefix(".venv/bin/") in forked.PROGRAMS and not for_a_shell:
-        done = forked.run(command.program, *words, timeout=TIMEOUT_S)
-        check(text, done.returncode, done.stdout, done.stderr)
+    if name.removeprefix(".venv/bin/") in forked.PROGRAMS and not re.search(r"[$*?<>|&;~`]", text):  # needs no shell
+        check(forked.run(command.program, *words, timeout=TIMEOUT_S))
         return
     nodes = int(re.search(r"--nnodes=(\d+)|$", text)[1] or 1)
     lines = [text.replace("--node_rank=0", f"--node_rank={node}") for node in range(nodes)]
-    started = [start(line) for line in lines]
-    try:
-        for line, process in zip(lines, started, strict=True):
-            out, err = process.communicate(timeout=TIMEOUT_S)
-            check(line, process.returncode, out, err)
-    finally:
-        for process in started:
-            process.terminate()  # torchrun ends its ranks
-            process.wait()
+    with ThreadPoolExecutor(nodes) as shells:
+        for done in shells.map(in_a_shell, lines):
+            check(done)
 
 
-def check(line: str, status: int, out: str, err: str) -> None:
+def in_a_shell(line: str) -> subprocess.CompletedProcess[str]:
+    command = ["timeout", str(TIMEOUT_S), "bash", "-euo", "pipefail", "-c", line]  # torchrun ends its ranks at SIGTERM
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+def check(done: subprocess.CompletedProcess[str]) -> None:
     """Fail with what a command has printed, if it failed."""
-    assert status == 0, f"{line}\n{out[-2000:]}{err[-4000:]}"
+    assert done.returncode == 0, f"{done.args}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     # torchrun logs one when the other node's agent was quicker to end. That is its manner, and no failure.
-    ours = re.sub(r"^E\d{4} .* torch/distributed/elastic/.*$", "", err, flags=re.MULTILINE)
-    assert "Traceback" not in ours, f"{line}\n{err[-4000:]}"
-
-
-def start(line: str) -> subprocess.Popen[str]:
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(["bash", "-euo", "pipefail", "-c", line], text=True, **pipes)
+    ours = re.sub(r"^E\d{4} .* torch/distributed/elastic/.*$", "", done.stderr, flags=re.MULTILINE)
+    assert "Traceback" not in ours, f"{done.args}\n{done.stderr[-4000:]}"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed: pip install '.[workflow]'")
+@needs_snakemake
 def test_every_command_of_the_readme_works(tree: Path):
     for command in commands((ROOT / "README.md").read_text()):
         began = time.monotonic()
@@ -319,6 +312,5 @@ def test_a_wrong_command_is_found_out(text: str, message: str, tmp_path: Path, m
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_every_file_that_a_page_shows_or_links_to_is_there(page: str):
     text = (ROOT / page).read_text()
-    found = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    for link in found:
-        assert (ROOT / page).parent.joinpath(link.partition("#")[0]).exists(), link
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

@@ -31,7 +31,7 @@ from picogpt.train.evaluate import evaluate
 from picogpt.train.folder import RunFolder
 from picogpt.train.step import Step, Switches, micro_batch_size, tokens_at_once
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 CALLBACKS: list[Callable[[Trainer], None]] = []
 """Functions that every trainer calls before each step; `trainer.callbacks` holds those of one trainer."""
 
@@ -270,9 +270,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._read_losses()
-        # A step with a finite loss can still produce non-finite weights, which must not replace good ones.
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise self._not_finite(math.nan, self.progress.step)
+        self._require_finite_weights()
         optimizer = self.step.optimizer
         self.world.broadcast_from_main(
             lambda: self.folder.save(
@@ -284,7 +282,13 @@ class Trainer:
             )
         )
 
+    def _require_finite_weights(self) -> None:
+        """A step with a finite loss can still produce non-finite weights, which must not replace good ones."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise self._not_finite(math.nan, self.progress.step)
+
     def _keep_best(self, val_loss: float) -> None:
+        self._require_finite_weights()  # the validation text need not use every weight
         p, data = self.progress, self.data
         p.best_val_loss, p.best_step = val_loss, p.step
         values = (self.experiment, data.vocab_size, data.corpus(), p.step, val_loss)
@@ -373,13 +377,19 @@ def _stop_on_signals(received: list[int]) -> Iterator[None]:
     process, because torchrun sends SIGTERM to all ranks when one has failed, and they must still say why they end.
     """
     launched = "TORCHELASTIC_RUN_ID" in os.environ
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def remember(number: int, frame: object) -> None:
         received.append(number)
+        if number == signal.SIGHUP:  # the terminal was closed: writing to it would fail before the checkpoint is saved
+            for descriptor in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if not launched:
             signal.signal(number, previous[number])
 
-    previous = {int(number): signal.signal(number, remember) for number in STOP_SIGNALS}
+    # Under nohup SIGHUP is ignored, and stays so.
+    heard = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    previous = {int(number): signal.signal(number, remember) for number in heard}
     try:
         yield
     finally:
