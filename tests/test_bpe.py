@@ -26,7 +26,7 @@ def test_a_wrong_file_of_ranks_is_refused(tmp_path: Path):
 
 def test_where_nothing_answers_every_source_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(MIRROR_VARIABLE, str(tmp_path / "mirror"))
-    monkeypatch.setattr(fetch, "_index_addresses", lambda archive: [])
+    monkeypatch.setattr(fetch, "_pip_options", lambda: {"index-url": "http://127.0.0.1:9"})
     none = {name: asset.model_copy(update={"addresses": ()}) for name, asset in fetch.registry().items()}
     monkeypatch.setattr(fetch, "registry", lambda: none)
     with pytest.raises(Unreachable, match=r"(?s)vocab\.bpe.*openai_whisper"):

@@ -11,6 +11,7 @@ from test_machines import gpus
 
 from picogpt import plan
 from picogpt.data import fetch
+from picogpt.files import write_text
 
 SHIPPED = yaml.safe_load((ROOT / "config/config.yaml").read_text())
 
@@ -133,7 +134,7 @@ def test_by_hand_it_reads_a_file(picogpt):
 
 
 def status(attempt: int, endpoint: str, **files: fetch.Answer) -> None:
-    fetch.write_status(Path("resources/hub.json"), fetch.HubStatus(attempt=attempt, endpoint=endpoint, files=files))
+    write_text("resources/hub.json", fetch.HubStatus(attempt=attempt, endpoint=endpoint, files=files).model_dump_json())
 
 
 def test_the_hub_is_asked_again_until_its_answer_is_settled(monkeypatch, tmp_path: Path):

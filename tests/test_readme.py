@@ -162,6 +162,8 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
     (tree / ".venv").mkdir()
     (tree / ".venv/bin").symlink_to(BIN)
     with hub.running() as running:
+        sizes, shape = tree / "picogpt/registry.py", f"Size({CONFIG.n_layer}, {CONFIG.n_head}, {CONFIG.n_embd},"
+        sizes.write_text(re.sub(r"Size\(\d+, \d+, \d+,", shape, sizes.read_text()))
         rewrite(tree / "config/pretrained.yaml", lambda registry: serve_small(registry, running))
         rewrite(tree / "config/fineweb.yaml", lambda registry: serve_shards(running))
         monkeypatch.chdir(tree)
@@ -196,9 +198,8 @@ def smaller(settings: dict) -> dict:
 def serve_small(registry: dict, running: hub.Hub) -> dict:
     """Put small weights on the hub for each of OpenAI's; returns the registry that fits them."""
     content = save(openai_names(small()))
-    shape = {"n_layer": CONFIG.n_layer, "n_head": CONFIG.n_head, "n_embd": CONFIG.n_embd}
     for entry in registry.values():
-        entry |= {"revision": REVISION, "sha256": hashlib.sha256(content).hexdigest(), **shape}
+        entry |= {"revision": REVISION, "sha256": hashlib.sha256(content).hexdigest()}
         running.files[f"{entry['repository']}/{REVISION}/model.safetensors"] = content
     return registry
 

@@ -100,7 +100,7 @@ def test_halves_of_different_texts_or_splits_are_refused(corpus: Path, tmp_path:
     (tmp_path / "other.txt").write_text(corpus.read_text() + more)
     tokenize_chars(tmp_path / "other.txt", tmp_path / "b", val_fraction=val_fraction)
     (tmp_path / "b/val.bin").replace(tmp_path / "a/val.bin")
-    with pytest.raises(PicogptError, match=rf"another text, split or tokenizer than .*train\.bin: its {field} is"):
+    with pytest.raises(PicogptError, match=rf"is not of the text, split and tokenizer of .*train\.bin: its {field} is"):
         open_data(tmp_path / "a")
 
 

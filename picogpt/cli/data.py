@@ -8,27 +8,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from picogpt.cli.common import PRETRAINED, RESOURCES, RUN_PATTERN, WEIGHTS, now
+from picogpt.cli.common import RESOURCES, RUN_PATTERN, WEIGHTS, now
 from picogpt.errors import Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
-    from picogpt.data.fetch import Answer, HubFile
+    from picogpt.data.fetch import Answer
     from picogpt.data.tokens import TokenData
 
 FINEWEB = "fineweb-edu"
 PATH = click.Path(path_type=Path)
 
 run_option = click.option("--run", help=RUN_PATTERN)
-corpus_option = click.option(
-    "--corpus", help="Name of the text in all results. [default: its registered name, or the file name]"
-)
-val_fraction_option = click.option(
-    "--val-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
-    help="Share of the text, at its end, for validation.",
-)
+corpus_option = click.option("--corpus", help="Name of the text in results. [default: its registered or file name]")
+FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
+val_fraction_option = click.option("--val-fraction", type=FRACTION, default=0.1, help="Validation share, at the end.")
 threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
+shard_option = click.option(
+    "--shard", "shards", type=click.IntRange(0), multiple=True, help="Of fineweb-edu; repeatable."
+)
 
 
 @click.command()
@@ -36,13 +33,9 @@ threads_option = click.option("--threads", type=click.IntRange(0), default=0, he
 @click.option("--first", is_flag=True, help="Fetch only the first of the names that is available.")
 @click.option("--folder", type=PATH, default=RESOURCES, help="Folder for the downloaded files.")
 @click.option("--out", type=PATH, help="Also copy the file to this path (with one name, or --first).")
-@click.option(
-    "--status",
-    type=PATH,
-    help="Write a JSON file that says for each name whether the hub provided it; if not, that is then no error.",
-)
+@click.option("--status", type=PATH, help="JSON file for what the hub gave; a missing file is no error.")
 @click.option("--attempt", type=click.IntRange(1), default=1, help="Number of this attempt, for the file of --status.")
-@click.option("--shard", "shards", type=click.IntRange(0), multiple=True, help="Shard of fineweb-edu; repeatable.")
+@shard_option
 def fetch(
     names: tuple[str, ...],
     first: bool,
@@ -60,24 +53,30 @@ def fetch(
     $PICOGPT_MIRROR, a folder or a URL, is tried first, then the registered URLs; $HF_ENDPOINT is the URL of the hub.
     A file that is here already is verified and not downloaded again.
     """
-    from picogpt.data.fetch import HubStatus, endpoint, fetch_first, write_status
-    from picogpt.files import atomic_write
+    from picogpt.data.fetch import HubStatus, endpoint, fetch_first
+    from picogpt.files import atomic_write, write_text
 
     if not names:
         return _list(folder)
-    if shards or FINEWEB in names:
-        names = _with_shards(names, shards)
-    from_hub = [name for name in names if _hub_file(name)]
+    if bool(shards) != (FINEWEB in names):
+        from picogpt.data.fineweb import dataset
+
+        held = f"{len(dataset().shards)} shards, {dataset().size / 1e9:.1f} GB together"
+        raise UsageError(f"{FINEWEB} comes in {held}, chosen by number: picogpt fetch {FINEWEB} --shard 0 --shard 1")
+    chosen = [f"{FINEWEB}/{shard}" for shard in shards]
+    files = [part for name in names for part in (chosen if name == FINEWEB else [name])]
+    from_hub = [name for name in files if _from_hub(name)]
     if status:
-        if other := [name for name in names if name not in from_hub]:
+        if other := [name for name in files if name not in from_hub]:
             raise UsageError(f"--status is for files of the hub, and {other[0]} is none")
-        answers = {name: _ask(name, folder, status) for name in names}
-        return write_status(status, HubStatus(attempt=attempt, endpoint=endpoint(), files=answers))
-    if out and len(names) > 1 and not first:
+        answers = {name: _ask(name, folder, status) for name in files}
+        asked = HubStatus(attempt=attempt, endpoint=endpoint(), files=answers)
+        return write_text(status, asked.model_dump_json(indent=2) + "\n")
+    if out and len(files) > 1 and not first:
         raise UsageError("--out takes one file: name one asset, or pass --first")
     if first and from_hub:
         raise UsageError(f"--first chooses among files of config/assets.yaml, and {from_hub[0]} comes from the hub")
-    for name, path in [fetch_first(names, folder)] if first else [(name, _fetch(name, folder)) for name in names]:
+    for name, path in [fetch_first(files, folder)] if first else [(name, _fetch(name, folder)) for name in files]:
         click.echo(f"{name}: {path}")
         if out:
             with open(path, "rb") as source, atomic_write(out) as file:
@@ -92,46 +91,28 @@ def _list(folder: Path) -> None:
         here = "here" if fetch.is_whole(folder / asset.file, asset) else "not here"
         click.echo(f"{name:24}{asset.size:>12,} bytes  {here:9} {asset.title} ({asset.licence})")
     for name in fetch.pretrained():
-        click.echo(f"{name:24}{'':>18}  {'':9} OpenAI's GPT-2, from the hub (MIT)")
+        click.echo(f"{name:53} OpenAI's GPT-2, from the hub (MIT)")
     data = fineweb.dataset()
     about = f"{data.title}, in {len(data.shards)} shards, from the hub ({data.licence})"
     click.echo(f"{FINEWEB:20}{data.size:>16,} bytes  {'':9} {about}")
 
 
-def _with_shards(names: tuple[str, ...], shards: tuple[int, ...]) -> tuple[str, ...]:
-    """The names, each chosen shard of a data set by its own: fineweb-edu/3."""
-    from picogpt.data.fineweb import dataset
+def _from_hub(name: str) -> bool:
+    """Whether the hub has the file, and not a source in config/assets.yaml. Raises UsageError for an unknown shard."""
+    from picogpt.data import fetch, fineweb
 
-    if FINEWEB not in names:
-        raise UsageError(f"--shard goes with {FINEWEB}: picogpt fetch {FINEWEB} --shard 0")
-    if not shards:
-        held = f"{len(dataset().shards)} shards, {dataset().size / 1e9:.1f} GB together"
-        raise UsageError(f"{FINEWEB} has {held}: say which, as in --shard 0 --shard 1")
-    chosen = [f"{FINEWEB}/{shard}" for shard in shards]
-    return tuple(part for name in names for part in (chosen if name == FINEWEB else [name]))
-
-
-def _hub_file(name: str) -> HubFile | None:
-    """The file on the hub that this name stands for; None for an asset."""
-    if f"gpt2-{name}" in PRETRAINED:
-        from picogpt.data.fetch import pretrained
-
-        return pretrained()[name].weights(name)
-    data_set, _, shard = name.partition("/")
-    if data_set != FINEWEB:
-        return None
-    from picogpt.data.fineweb import parquet
-
-    if not shard.isdecimal():
-        raise UsageError(f"{name}: shards have numbers, as in picogpt fetch {FINEWEB} --shard 0")
-    return parquet(int(shard))
+    data_set, _, number = name.partition("/")
+    return bool(data_set == FINEWEB and fineweb.shard(number)) or name in fetch.pretrained()
 
 
 def _fetch(name: str, folder: Path) -> Path:
-    from picogpt.data import bpe, fetch
+    from picogpt.data import bpe, fetch, fineweb
 
-    if file := _hub_file(name):
-        return fetch.obtain(file)
+    data_set, _, number = name.partition("/")
+    if data_set == FINEWEB:
+        return fineweb.fetch_shard(number)
+    if name in fetch.pretrained():
+        return fetch.fetch_pretrained(name)
     return bpe.fetch_ranks(folder) if name == bpe.RANKS else fetch.fetch(name, folder)
 
 
@@ -170,13 +151,7 @@ def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: f
 
 
 @tokenize.command()
-@click.option(
-    "--text",
-    "texts",
-    type=PATH,
-    multiple=True,
-    help="A UTF-8 text; repeatable, each file is a document. [default: the first corpus in resources/]",
-)
+@click.option("--text", "texts", type=PATH, multiple=True, help="As of char; repeatable, each file is a document.")
 @run_option
 @corpus_option
 @val_fraction_option
@@ -198,18 +173,14 @@ def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fract
 
 
 @tokenize.command(FINEWEB)
-@click.option("--shard", "numbers", type=click.IntRange(0), multiple=True, help="Shard to tokenize; repeatable.")
+@shard_option
 @click.option("--join", "count", type=click.IntRange(1), help="Number of shards to join; writes manifest.json.")
-@click.option(
-    "--folder", type=PATH, default=WEIGHTS / "gpt2_tokenizer" / FINEWEB, help="Folder for the tokens of all shards."
-)
+@click.option("--folder", type=PATH, default=WEIGHTS / "gpt2_tokenizer" / FINEWEB, help="For the tokens of all shards.")
 @click.option("--parquet", type=PATH, help="Parquet file of the shard. [default: the one in the hub client's cache]")
-@click.option(
-    "--val-documents", type=click.IntRange(1), default=1000, help="Documents of shard 0 that are for validation."
-)
+@click.option("--val-documents", type=click.IntRange(1), default=1000, help="Validation documents, from shard 0.")
 @threads_option
 def fineweb_edu(
-    numbers: tuple[int, ...], count: int | None, folder: Path, parquet: Path | None, val_documents: int, threads: int
+    shards: tuple[int, ...], count: int | None, folder: Path, parquet: Path | None, val_documents: int, threads: int
 ) -> None:
     """GPT-2's tokens of FineWeb-Edu, shard by shard. Writes train-00000.bin, ..., val.bin and manifest.json.
 
@@ -225,15 +196,15 @@ def fineweb_edu(
     from picogpt.data import fineweb
     from picogpt.data.bpe import GPT2Tokenizer
 
-    if bool(numbers) == (count is not None):
+    if bool(shards) == (count is not None):
         raise UsageError("give either --shard, to tokenize one, or --join, with how many there are")
-    if parquet and len(numbers) != 1:
+    if parquet and len(shards) != 1:
         raise UsageError("--parquet is the file of one shard: name that with --shard")
     if count is not None:
         data = fineweb.join(folder, count)
         return click.echo(f"{FINEWEB}: {_counts(data, ' tokens')}, in {count} shards: {folder}/")
     tokenizer = GPT2Tokenizer.fetched(RESOURCES)
-    for number in numbers:
+    for number in shards:
         path = fineweb.tokenize(number, folder, tokenizer, val_documents, parquet, threads)
         click.echo(f"{FINEWEB} shard {number}: {path}")
 

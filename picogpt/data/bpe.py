@@ -10,7 +10,7 @@ import base64
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from picogpt import hardware
 from picogpt.data import fetch
-from picogpt.errors import PicogptError, Unreachable, UsageError
-from picogpt.files import atomic_write, sha256_file
+from picogpt.errors import UsageError
+from picogpt.files import atomic_write
 
 RANKS, MERGES = "gpt2-ranks", "gpt2-merges"
 """Names of the registered files."""
 END_OF_TEXT = "<|endoftext|>"
+DOCUMENTS_AT_ONCE = 1024
+"""Held in memory, about 5 MB of text."""
 PIECE_CHARACTERS = 1 << 20
 CUT = re.compile(r"(?<=\S)\n")
 
@@ -34,29 +36,20 @@ class GPT2Tokenizer:
     """Text to token ids below 50,257 and back; the last id is `<|endoftext|>`."""
 
     def __init__(self, ranks_file: str | Path):
-        path = Path(ranks_file)
-        expected = fetch.find(RANKS)
-        if not fetch.is_whole(path, expected):
-            found = f"has sha256 {sha256_file(path)}" if path.is_file() else "is not there"
-            raise PicogptError(
-                f"{path} {found}; GPT-2's merge ranks have {expected.sha256}: picogpt fetch {RANKS} brings them"
-            )
+        path, expected = Path(ranks_file), fetch.find(RANKS)
+        fetch.require(path, expected, f"picogpt fetch {RANKS}")
         self.sha256 = expected.sha256
         # Not tiktoken.load, which keeps a copy of each file that it reads in the system's temporary folder.
         lines = (line.split() for line in path.read_bytes().splitlines())
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         self.end_of_text: int | None = len(self.ranks)
-        self.tiktoken = tiktoken.Encoding(
-            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=self.ranks, special_tokens={END_OF_TEXT: len(self.ranks)}
-        )
+        special, pattern = {END_OF_TEXT: len(self.ranks)}, r50k_pat_str
+        self.tiktoken = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=special)
         self.vocab_size = self.tiktoken.n_vocab
 
     @classmethod
     def fetched(cls, folder: str | Path) -> GPT2Tokenizer:
-        """The tokenizer from the file in `folder`, which is downloaded first if it is missing.
-
-        Raises Unreachable when no source answers.
-        """
+        """The tokenizer from the file in `folder`. Downloads it if it is missing; raises as `fetch_ranks`."""
         return cls(fetch_ranks(folder))
 
     def encode(self, text: str) -> np.ndarray:
@@ -67,23 +60,24 @@ class GPT2Tokenizer:
             raise UsageError(f"the text is not valid Unicode at position {error.start}: {text[:80]!r}") from error
         return self.tiktoken.encode_to_numpy(text, allowed_special="all").astype(np.uint16)
 
-    def encode_documents(self, documents: Sequence[str], threads: int = 0) -> np.ndarray:
+    def encode_documents(self, documents: Iterable[str], threads: int = 0) -> np.ndarray:
         """Token ids, uint16, of documents with `<|endoftext|>` between them; on `threads` cores, 0 for all.
 
         What looks like `<|endoftext|>` inside a document is ordinary text.
         """
-        ((_, ids),) = self.encode_batches([documents], threads)
-        return ids[:-1]
+        return np.concatenate([ids for _, ids in self.encode_batches(documents, threads)])[:-1]
 
-    def encode_batches(self, batches: Iterable[Sequence[str]], threads: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """For each batch, in order, its number of documents and their ids, each terminated by `<|endoftext|>`.
+    def encode_batches(self, documents: Iterable[str], threads: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Batches of documents in order: their number, and their ids, each document terminated by `<|endoftext|>`.
 
         As `encode_documents`; and while one batch is taken, the next one is read and encoded.
         """
+        documents = iter(documents)
+        batches = iter(lambda: list(itertools.islice(documents, DOCUMENTS_AT_ONCE)), [])
         with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:  # tiktoken releases the GIL
             begun = (
-                (len(documents), pool.map(self._encode_piece, itertools.chain.from_iterable(map(_pieces, documents))))
-                for documents in batches
+                (len(batch), pool.map(self._encode_piece, itertools.chain.from_iterable(map(_pieces, batch))))
+                for batch in batches
             )
             # A pair is complete once the batch after it has begun.
             for (count, parts), _ in itertools.pairwise(itertools.chain(begun, [(0, iter(()))])):
@@ -111,28 +105,21 @@ def fetch_ranks(folder: str | Path) -> Path:
     """
     expected = fetch.find(RANKS)
     target = Path(folder) / expected.file
-    if fetch.is_whole(target, expected):
-        return target
-    try:
-        merges = fetch.fetch(MERGES, folder)
-    except Unreachable as no_merges:
-        try:
-            return fetch.fetch(RANKS, folder)
-        except Unreachable as no_ranks:
-            raise Unreachable(f"{no_merges}\n{no_ranks}") from no_ranks
-    with atomic_write(target) as file:
-        file.write(ranks_of_merges(merges.read_text(encoding="utf-8")))
+    if not fetch.is_whole(target, expected):
+        name, source = fetch.fetch_first([MERGES, RANKS], folder)
+        if name == MERGES:
+            with atomic_write(target) as file:
+                file.write(ranks_of_merges(source.read_text(encoding="utf-8")))
     return target
 
 
 def ranks_of_merges(merges: str) -> bytes:
     """The content of `gpt2.tiktoken` from that of `vocab.bpe`: bytes, then merges, each with its rank."""
-    characters = byte_characters()
-    to_byte = {character: byte for byte, character in characters.items()}
-    tokens = [bytes([byte]) for byte in characters]
-    for line in merges.splitlines()[1:]:  # the first line names the version
-        tokens.append(bytes(to_byte[character] for character in line.replace(" ", "")))
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    to_byte = {character: byte for byte, character in byte_characters().items()}
+    lines = merges.splitlines()[1:]  # the first one names the version
+    tokens = [*to_byte, *(line.replace(" ", "") for line in lines)]
+    content = (bytes(to_byte[character] for character in token) for token in tokens)
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(content))
 
 
 @functools.cache

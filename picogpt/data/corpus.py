@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from picogpt.data import fetch
 from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer
 from picogpt.data.shards import MANIFEST, open_shards
 from picogpt.data.tokenizers import CharTokenizer
-from picogpt.data.tokens import SPLITS, Header, TokenData, hash_of_parts, hash_of_texts, open_tokens, write_tokens
+from picogpt.data.tokens import Header, TokenData, hash_of_parts, hash_of_texts, open_tokens, write_tokens
 from picogpt.errors import PicogptError, UsageError
 from picogpt.files import exclusive_lock, read_text, sha256_file
 
@@ -27,13 +28,10 @@ def open_data(folder: str | Path) -> TokenData:
         return open_shards(folder)
     if next(Path(folder).glob("train-*.bin"), None) and not (Path(folder) / "train.bin").exists():
         raise PicogptError(f"{folder} has shards that were not joined: picogpt tokenize fineweb-edu --join N does it")
-    train, val = (open_tokens(Path(folder) / f"{split}.bin") for split in SPLITS)
+    train = open_tokens(Path(folder) / "train.bin")
     same = train.header.model_dump(include={"vocab_size", "text_sha256", "tokenizer_sha256", "data_sha256"})
-    if wrong := val.header.difference(**same):
-        raise PicogptError(
-            f"{val.path} comes from another text, split or tokenizer than {train.path}: {wrong}; tokenize the text again"
-        )
-    return TokenData(train, val)
+    belongs = f"of the text, split and tokenizer of {train.path}"
+    return TokenData(train, open_tokens(Path(folder) / "val.bin", belongs=belongs, **same))
 
 
 def first_corpus(folder: Path) -> Path:
@@ -57,11 +55,7 @@ def name_of(texts: Sequence[Path], chosen: str | None) -> str:
 
 
 def tokenize_chars(
-    text_path: str | Path,
-    folder: str | Path,
-    corpus: str | None = None,
-    val_fraction: float = 0.1,
-    drop_unseen: bool = False,
+    text_path: Path, folder: Path, corpus: str | None = None, val_fraction: float = 0.1, drop_unseen: bool = False
 ) -> TokenData:
     """Split a UTF-8 text, first part for training, and write tokenizer and token files into `folder`.
 
@@ -72,25 +66,22 @@ def tokenize_chars(
     """
     train, val = _split(text_path, val_fraction)
     tokenizer = CharTokenizer.from_text(train)
-    unseen = Counter(val)
-    for character in tokenizer.characters:
-        del unseen[character]
+    unseen = Counter(character for character in val if character not in tokenizer.characters)
     if unseen and not drop_unseen:
         listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
-        raise PicogptError(
-            f"{text_path}: the validation text (the last {val_fraction:.0%}) has characters that the training text lacks:"
-            f" {listed}. No model can predict them; leave them out with --drop-unseen (drop_unseen: true), or mend the text."
-        )
+        where = f"the validation text (the last {val_fraction:.0%}) has characters that the training text lacks"
+        remedy = "leave them out with --drop-unseen (drop_unseen: true), or mend the text"
+        raise PicogptError(f"{text_path}: {where}: {listed}. No model can predict them; {remedy}.")
     val = "".join(character for character in val if character not in unseen)
     if len(val) < 2:
         raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
     parts = [tokenizer.encode(part) for part in (train, val)]
-    return _write(folder, parts, tokenizer, corpus or Path(text_path).stem, sha256_file(text_path))
+    return _write(folder, parts, tokenizer, corpus or text_path.stem, sha256_file(text_path))
 
 
 def tokenize_gpt2(
-    text_paths: Sequence[str | Path],
-    folder: str | Path,
+    text_paths: Sequence[Path],
+    folder: Path,
     tokenizer: GPT2Tokenizer,
     corpus: str | None = None,
     val_fraction: float = 0.1,
@@ -107,10 +98,10 @@ def tokenize_gpt2(
     documents = ([document for text in texts for document in text.split(END_OF_TEXT)] for texts in splits)
     parts = [tokenizer.encode_documents(some, threads) for some in documents]
     text_sha256 = hash_of_texts([sha256_file(path) for path in text_paths])
-    return _write(folder, parts, tokenizer, corpus or Path(text_paths[0]).stem, text_sha256)
+    return _write(folder, parts, tokenizer, corpus or text_paths[0].stem, text_sha256)
 
 
-def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
+def _split(path: Path, val_fraction: float) -> tuple[str, str]:
     """The text split in two, with the last `val_fraction` of its characters for validation."""
     text = read_text(path)
     if not text:
@@ -122,26 +113,15 @@ def _split(path: str | Path, val_fraction: float) -> tuple[str, str]:
 
 
 def _write(
-    folder: str | Path,
-    parts: Sequence[np.ndarray],
-    tokenizer: CharTokenizer | GPT2Tokenizer,
-    corpus: str,
-    text_sha256: str,
+    folder: Path, parts: list[np.ndarray], tokenizer: CharTokenizer | GPT2Tokenizer, corpus: str, text_sha256: str
 ) -> TokenData:
     """Write the token files of both splits, and the tokenizer of characters, into `folder`."""
-    data_sha256 = hash_of_parts(hashlib.sha256(ids.tobytes()).hexdigest() for ids in parts)
+    same: dict[str, Any] = {"corpus": corpus, "text_sha256": text_sha256, "tokenizer_sha256": tokenizer.sha256}
+    same["data_sha256"] = hash_of_parts(hashlib.sha256(ids.tobytes()).hexdigest() for ids in parts)
     with exclusive_lock(folder, "tokenizing"):
-        for split, ids in zip(SPLITS, parts, strict=True):
-            header = Header(
-                dtype=ids.dtype.name,
-                vocab_size=tokenizer.vocab_size,
-                split=split,
-                corpus=corpus,
-                text_sha256=text_sha256,
-                tokenizer_sha256=tokenizer.sha256,
-                data_sha256=data_sha256,
-            )
-            write_tokens(Path(folder) / f"{split}.bin", header, [(1, ids)])
+        for split, ids in zip(("train", "val"), parts, strict=True):
+            header = Header(split=split, dtype=ids.dtype.name, vocab_size=tokenizer.vocab_size, **same)
+            write_tokens(folder / f"{split}.bin", header, [(1, ids)])
         if isinstance(tokenizer, CharTokenizer):
             tokenizer.save(folder)
     return open_data(folder)

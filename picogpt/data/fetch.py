@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +19,12 @@ from pydantic import Field, ValidationError
 
 from picogpt.config import AnySettings, GPT2Config, Settings, config_folder, parse, read_yaml
 from picogpt.errors import PicogptError, Refused, Unreachable, UsageError, innermost
-from picogpt.files import atomic_write, exclusive_lock, read_text, sha256_file, write_text
+from picogpt.files import atomic_write, exclusive_lock, read_text, sha256_file
 
 MIRROR_VARIABLE = "PICOGPT_MIRROR"
 WEIGHTS_FILE = "model.safetensors"
 ATTEMPTS = 4
-TIMEOUT_S = (10.0, 30.0)
-"""To connect, and between two reads."""
-HUB_TIMEOUT_S = 5
+TIMEOUT_S = (10.0, 30.0)  # to connect, and between two reads
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 REFUSALS = {
     401: "It wants a login: hf auth login, or HF_TOKEN.",
@@ -63,43 +60,17 @@ class Asset(File):
     archive: Archive | None = None
 
 
-@dataclass(frozen=True)
-class HubFile:
-    """A file in a repository of the hub, at a commit."""
-
-    repository: str
-    file: str
-    revision: str
-    sha256: str | None
-    """None: the one that the hub names for that commit."""
-    command: str
-    """The command that fetches it, for messages."""
-    repo_type: Literal["model", "dataset"] = "model"
-
-    def location(self) -> dict[str, Any]:
-        """The arguments by which functions of the hub's client take a file."""
-        names = {"repo_id": self.repository, "filename": self.file}
-        return {**names, "repo_type": self.repo_type, "revision": self.revision}
-
-
 class Pretrained(Settings):
     """A checkpoint of OpenAI's on the hub."""
 
     repository: str
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
     sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")
-    parameters: str
-    n_layer: int
-    n_head: int
-    n_embd: int
+    parameters: Literal["124M", "355M", "774M", "1558M"]
 
     def config(self) -> GPT2Config:
         """The model that the weights are for."""
-        return GPT2Config(kind="gpt2", n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
-
-    def weights(self, name: str) -> HubFile:
-        """Its safetensors file; `name` is its own in the registry."""
-        return HubFile(self.repository, WEIGHTS_FILE, self.revision, self.sha256, f"picogpt fetch {name}")
+        return GPT2Config(kind="gpt2", size=self.parameters)
 
 
 class Answer(Settings):
@@ -153,17 +124,31 @@ def is_whole(path: Path, file: File) -> bool:
     return path.is_file() and path.stat().st_size == file.size and sha256_file(path) == file.sha256
 
 
+def require(path: Path, file: File, command: str) -> None:
+    """Raises PicogptError unless `path` holds exactly the registered bytes, which `command` brings."""
+    if not is_whole(path, file):
+        found = f"has sha256 {sha256_file(path)}" if path.is_file() else "is not there"
+        raise PicogptError(f"{path} {found}; {file.file} has sha256 {file.sha256}: {command} brings it")
+
+
 def fetch(name: str, folder: str | Path) -> Path:
     """Download the asset `name` into `folder`; without any request if it is there already.
 
     Raises Unreachable when no source answers, PicogptError when one serves other bytes.
     """
+    import tarfile
+
     asset = find(name)
     target = Path(folder) / asset.file
     if is_whole(target, asset):
         return target
     with exclusive_lock(target.parent, f"fetching {name}", f".{target.name}.lock"):
-        content = _extract(asset, asset.archive) if asset.archive else _download(asset)
+        content = _download(asset.archive or asset)
+        if archive := asset.archive:
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                members = [tar.extractfile(archive.member.format(part)) for part in archive.parts]
+                content = b"".join(member.read() for member in members if member)
+            content = _verified(content, asset, archive.file)
         with atomic_write(target) as file:
             file.write(content)
     return target
@@ -180,17 +165,8 @@ def fetch_first(names: Sequence[str], folder: str | Path) -> tuple[str, Path]:
             return name, fetch(name, folder)
         except Unreachable as error:
             reasons.append(str(error))
-            print(f"{name} cannot be had here, trying the next", file=sys.stderr)
+            print(f"{name} cannot be had here", file=sys.stderr)
     raise Unreachable("\n".join(reasons))
-
-
-def _extract(asset: Asset, archive: Archive) -> bytes:
-    """The members of the archive, one after another."""
-    import tarfile
-
-    with tarfile.open(fileobj=io.BytesIO(_download(archive))) as tar:
-        members = [tar.extractfile(archive.member.format(part)) for part in archive.parts]
-        return _verified(b"".join(member.read() for member in members if member), asset, archive.file)
 
 
 def _download(file: Asset | Archive) -> bytes:
@@ -209,10 +185,26 @@ def _download(file: Asset | Archive) -> bytes:
 
 
 def _sources(file: Asset | Archive) -> Iterator[str]:
-    """The paths and URLs to ask for `file`, in order. Raises Unreachable when the package index cannot be read."""
+    """The paths and URLs to ask for `file`, in order: the mirror, then the registered ones, or the index that pip uses.
+
+    Raises Unreachable when the index cannot be read.
+    """
     if mirror := os.environ.get(MIRROR_VARIABLE):
         yield f"{mirror.rstrip('/')}/{file.file}"
-    yield from _index_addresses(file) if isinstance(file, Archive) else file.addresses
+    if isinstance(file, Asset):
+        yield from file.addresses
+        return
+    import requests
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
+
+    options = _pip_options()
+    try:
+        with PyPISimple(options.get("index-url", PYPI_SIMPLE_ENDPOINT)) as client:
+            client.s.verify = options.get("cert") or True
+            page = client.get_project_page(file.project, timeout=TIMEOUT_S)
+    except (requests.RequestException, NoSuchProjectError) as error:
+        raise Unreachable(f"the package index of pip: {innermost(error)}") from error
+    yield from (package.url for package in page.packages if package.filename == file.file)
 
 
 def _receive(address: str, file: File) -> bytes:
@@ -242,41 +234,22 @@ def _receive(address: str, file: File) -> bytes:
                             break
                 return content[: file.size + 1]
         except requests.RequestException as error:
-            status = None if error.response is None else error.response.status_code
+            status = getattr(error.response, "status_code", 0)
             failure = f"HTTP status {status}" if status else innermost(error)
-            unreachable = isinstance(error, requests.ConnectionError) and not content
-            if unreachable or (status and status < 500):
+            if 0 < status < 500 or (isinstance(error, requests.ConnectionError) and not content):
                 break
     raise Unreachable(failure)
 
 
 def _verified(content: bytes, file: File, source: str) -> bytes:
-    actual = hashlib.sha256(content).hexdigest()
-    if actual != file.sha256:
-        raise PicogptError(
-            f"{_without_passwords(source)} serves another file than {file.file}: sha256 {actual} ({len(content):,} bytes"
-            f" read), expected {file.sha256} ({file.size:,} bytes). Nothing was kept."
-        )
+    if (actual := hashlib.sha256(content).hexdigest()) != file.sha256:
+        difference = f"sha256 {actual}, expected {file.sha256}. Nothing was kept."
+        raise PicogptError(f"{_without_passwords(source)} serves another file than {file.file}: {difference}")
     return content
 
 
 def _without_passwords(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
-
-
-def _index_addresses(archive: Archive) -> list[str]:
-    """The URL of the archive on the package index that pip is configured with. Raises Unreachable."""
-    import requests
-    from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
-
-    options = _pip_options()
-    try:
-        with PyPISimple(options.get("index-url", PYPI_SIMPLE_ENDPOINT)) as client:
-            client.s.verify = options.get("cert") or True
-            page = client.get_project_page(archive.project, timeout=TIMEOUT_S)
-    except (requests.RequestException, NoSuchProjectError) as error:
-        raise Unreachable(f"the package index of pip: {innermost(error)}") from error
-    return [package.url for package in page.packages if package.filename == archive.file]
 
 
 def _pip_options() -> dict[str, str]:
@@ -295,69 +268,63 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
-def write_status(path: Path, status: HubStatus) -> None:
-    """Write which files the hub provided."""
-    write_text(path, status.model_dump_json(indent=2) + "\n")
-
-
 def read_status(path: Path) -> HubStatus | None:
-    """Read what `write_status` wrote; None where there is no such file. Raises PicogptError for any other content."""
+    """The status that a fetch rule left; None where there is no file. Raises PicogptError for any other content."""
     try:
         return HubStatus.model_validate_json(read_text(path)) if path.exists() else None
     except ValidationError as error:
-        raise PicogptError(
-            f"{path} does not say what the hub gave: delete it, and the next run writes it again"
-        ) from error
+        raise PicogptError(f"{path} does not say what the hub gave: delete it, and the next run writes it") from error
 
 
 def fetch_pretrained(name: str, cached_only: bool = False) -> Path:
     """The safetensors file of `name` in the hub client's own cache. Raises like `obtain`."""
-    return obtain(pretrained()[name].weights(name), cached_only)
+    entry, command = pretrained()[name], f"picogpt fetch {name}"
+    return obtain(entry.repository, WEIGHTS_FILE, entry.revision, entry.sha256, command, "model", cached_only)
 
 
-def obtain(wanted: HubFile, cached_only: bool = False) -> Path:
-    """A file of the hub in the cache of the hub's client, verified. Unless `cached_only`, it is downloaded if missing.
+def obtain(
+    repository: str, file: str, revision: str, sha256: str | None, command: str, repo_type: str, cached_only: bool
+) -> Path:
+    """A file of a repository on the hub, verified, in the cache of the hub's client; downloaded unless `cached_only`.
+
+    Without `sha256` the hub's own hash must fit. `command` fetches the file, for messages; `repo_type` is "model" or
+    "dataset".
 
     Raises Unreachable when the hub does not answer or does not provide it, PicogptError when it serves another file or
     the disk cannot take it.
     """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    where = f"{wanted.repository}/{wanted.file} at {wanted.revision[:12]}"
-    cached = try_to_load_from_cache(**wanted.location())
-    here = isinstance(cached, str)
-    if not here and (cached_only or not _hub_answers()):  # the client would ask again and again, for 23 s
-        remedy = f": {wanted.command} brings it"
-        if not cached_only:
-            hub = _without_passwords(endpoint())
-            remedy = f", and the hub ({hub}) cannot be reached: run {wanted.command} where it can, or set HF_ENDPOINT"
+    names: Any = {"repo_id": repository, "filename": file, "repo_type": repo_type, "revision": revision}
+    where, hub = f"{repository}/{file} at {revision[:12]}", _without_passwords(endpoint())
+    cached = try_to_load_from_cache(**names)
+    if not isinstance(cached, str) and (cached_only or not _hub_answers()):  # the client would ask for 23 s
+        remedy = f", and the hub ({hub}) cannot be reached: run {command} where it can, or set HF_ENDPOINT"
+        remedy = f": {command} brings it" if cached_only else remedy
         raise Unreachable(f"{where} is not in the cache of the hub's client ({constants.HF_HUB_CACHE}){remedy}")
     try:
         # For a file that it has, the client would still ask the hub.
-        path = Path(str(cached) if here else hf_hub_download(**wanted.location(), endpoint=endpoint()))
-        expected = wanted.sha256 or _named_hash(path, wanted)
+        path = Path(cached if isinstance(cached, str) else hf_hub_download(**names, endpoint=endpoint()))
+        # The cache names a file by its hash; that may be a link itself, to a file that several repositories share.
+        stored = path.parent / os.readlink(path) if path.is_symlink() else path
+        if sha256 is None:
+            url = hf_hub_url(**names, endpoint=endpoint())
+            sha256 = stored.name if path.is_symlink() else str(get_hf_file_metadata(url).etag)
     except Exception as error:  # of the client, its transport or the disk: they have no class in common
-        raise _explained(error, where) from error
-    if (actual := sha256_file(path)) != expected:
-        _stored(path).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        raise PicogptError(
-            f"the hub serves another file than {wanted.file} at the pinned revision: sha256 {actual}, expected {expected}."
-            " Nothing was kept."
-        )
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise PicogptError(f"cannot write {where} into the cache: {error.strerror}") from error
+        response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+        status = getattr(response, "status_code", 0)
+        if status in REFUSALS:
+            raise Refused(f"the hub ({hub}) answers {status} to {where}. {REFUSALS[status]}") from error
+        reason = f"the hub ({hub}) answers {status}" if status >= 400 else innermost(error)
+        raise Unreachable(f"cannot get {where}: {reason}; the same command tries again") from error
+    if (actual := sha256_file(path)) != sha256:
+        for name in (stored, path):
+            name.unlink(missing_ok=True)
+        difference = f"sha256 {actual}, expected {sha256}. Nothing was kept."
+        raise PicogptError(f"the hub serves another file than {file} at the pinned revision: {difference}")
     return path
-
-
-def _explained(error: Exception, where: str) -> PicogptError:
-    """The error that says what an error of the hub's client means for the user."""
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return PicogptError(f"cannot write {where} into the cache: {error.strerror}")
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    status = getattr(response, "status_code", 0)
-    if status < 400:
-        return Unreachable(f"cannot get {where}: {innermost(error)}; the same command tries again")
-    answer = f"the hub ({_without_passwords(endpoint())}) answers {status} to {where}."
-    return Refused(f"{answer} {REFUSALS[status]}") if status in REFUSALS else Unreachable(answer)
 
 
 def _hub_answers() -> bool:
@@ -368,21 +335,6 @@ def _hub_answers() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        requests.head(endpoint(), timeout=HUB_TIMEOUT_S)
+        return requests.head(endpoint(), timeout=5) is not None
     except requests.RequestException:
         return False
-    return True
-
-
-def _named_hash(path: Path, wanted: HubFile) -> str:
-    """The hash that the hub names for the file: the name of the file in the cache, where the file system has links."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    if path.is_symlink():
-        return _stored(path).name
-    return str(get_hf_file_metadata(hf_hub_url(**wanted.location(), endpoint=endpoint())).etag)
-
-
-def _stored(path: Path) -> Path:
-    """The file that a name in the cache links to. It may be a link itself, to a file that several repositories share."""
-    return path.parent / os.readlink(path) if path.is_symlink() else path

@@ -9,18 +9,17 @@ import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field
 
 from picogpt.config import Settings
 from picogpt.data import shards
 from picogpt.data.bpe import GPT2Tokenizer
-from picogpt.data.fetch import File, HubFile, is_whole, obtain, read_registry
+from picogpt.data.fetch import File, obtain, read_registry, require
 from picogpt.data.tokens import Header, TokenData, write_tokens
 from picogpt.errors import PicogptError, UsageError
-from picogpt.files import exclusive_lock, sha256_file
+from picogpt.files import exclusive_lock
 from picogpt.progress import Encoding
 
 if TYPE_CHECKING:
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 NAME = "fineweb-edu"
 COLUMN = "text"
-DOCUMENTS_AT_ONCE = 1024
-"""Held in memory, about 5 MB of text."""
-READ_BYTES = 1 << 20
 
 
 class Dataset(Settings):
@@ -55,91 +51,60 @@ def dataset() -> Dataset:
     return read_registry("fineweb.yaml", Dataset)[NAME]
 
 
-def parquet(number: int) -> HubFile:
+def shard(number: int | str) -> File:
     """The parquet file of a shard. Raises UsageError when there is no such shard."""
-    data, shard = dataset(), _shard(number)
-    path, command = f"{data.folder}/{shard.file}", f"picogpt fetch {NAME} --shard {number}"
-    return HubFile(data.repository, path, data.revision, shard.sha256, command, repo_type="dataset")
+    registered = dataset().shards
+    if not str(number).isdecimal() or int(number) >= len(registered):
+        raise UsageError(f"{NAME} has {len(registered)} shards, 0 to {len(registered) - 1}: there is no shard {number}")
+    return registered[int(number)]
+
+
+def fetch_shard(number: int | str, cached_only: bool = False) -> Path:
+    """The parquet file of a shard in the hub client's own cache. Raises like `fetch.obtain`."""
+    data, file = dataset(), shard(number)
+    path, command = f"{data.folder}/{file.file}", f"picogpt fetch {NAME} --shard {number}"
+    return obtain(data.repository, path, data.revision, file.sha256, command, "dataset", cached_only)
 
 
 def tokenize(
-    number: int,
-    folder: str | Path,
-    tokenizer: GPT2Tokenizer,
-    val_documents: int,
-    file: str | Path | None = None,
-    threads: int = 0,
+    number: int, folder: Path, tokenizer: GPT2Tokenizer, val_documents: int, file: Path | None = None, threads: int = 0
 ) -> Path:
     """Write the tokens of a shard into `folder` and return their file; does nothing if it is complete already.
 
-    The first `val_documents` of the first shard go to `val.bin`. Every document ends with `<|endoftext|>`. The text comes
-    from `file`, or from the cache of the hub's client; nobody is asked for it. On `threads` cores, 0 for all; the
+    The first `val_documents` of the first shard go to `val.bin`. Every document ends with `<|endoftext|>`. The text is
+    in `file`, or else in the cache of the hub's client; the network is not used. On `threads` cores, 0 for all; the
     memory does not grow with the shard.
 
     Raises Unreachable when the text is not here, PicogptError when it is another or cannot be read.
     """
-    shard, folder = _shard(number), Path(folder)
-    path = folder / shards.shard_file(number)
+    path, text_sha256 = folder / shards.shard_file(number), shard(number).sha256
+    hashes = {"text_sha256": text_sha256, "tokenizer_sha256": tokenizer.sha256}
+    same: Any = {"corpus": NAME, "vocab_size": tokenizer.vocab_size, **hashes}
     held_out = val_documents if number == 0 else 0
-    header = Header(
-        vocab_size=tokenizer.vocab_size,
-        split="train",
-        corpus=NAME,
-        text_sha256=shard.sha256,
-        tokenizer_sha256=tokenizer.sha256,
-        first_document=held_out,
-    )
-    val_header = header.model_copy(update={"split": "val", "first_document": 0, "documents": held_out})
-    headers = {folder / shards.VAL: val_header, path: header} if held_out else {path: header}
+    headers = {path: Header(split="train", first_document=held_out, **same)}
+    if held_out:  # before the documents for training: they are read in order
+        val = Header(split="val", first_document=0, documents=held_out, **same)
+        headers = {folder / shards.VAL: val, **headers}
     with exclusive_lock(folder, f"tokenizing shard {number}", f".{path.name}.lock"):
         if all(shards.is_whole(part, expected) for part, expected in headers.items()):
             return path
-        source = obtain(parquet(number), cached_only=True) if file is None else _verified(Path(file), shard)
-        table = _open(source)
-        total = table.metadata.num_rows
+        if file:
+            require(file, shard(number), f"picogpt fetch {NAME} --shard {number}")
+        file = file or fetch_shard(number, cached_only=True)
+        table = _open(file)
+        total, documents = table.metadata.num_rows, _documents(table, file)
         if held_out >= total:
-            raise UsageError(
-                f"{source} has {total:,} documents: --val-documents {held_out} would leave none for training"
-            )
-        documents = _documents(table, source)
+            raise UsageError(f"{file} has {total} documents: --val-documents {held_out} would leave none for training")
         with Encoding(f"{NAME} shard {number}", total) as bar:
-            for part, expected in headers.items():
-                some = itertools.islice(documents, expected.documents)  # all that are left, for training
-                write_tokens(part, expected, _encoded(some, tokenizer, threads, bar))
+            for part, header in headers.items():
+                some = itertools.islice(documents, header.documents)  # all that are left, for training
+                write_tokens(part, header, tokenizer.encode_batches(some, threads), bar.advance)
     return path
 
 
-def _encoded(
-    documents: Iterator[str], tokenizer: GPT2Tokenizer, threads: int, bar: Encoding
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The ids of the documents in batches, each with its number of documents; shows the progress on `bar`."""
-    batches = iter(lambda: list(itertools.islice(documents, DOCUMENTS_AT_ONCE)), [])
-    for count, ids in tokenizer.encode_batches(batches, threads):
-        bar.advance(count, len(ids))
-        yield count, ids
-
-
-def join(folder: str | Path, count: int) -> TokenData:
+def join(folder: Path, count: int) -> TokenData:
     """Write the manifest over the first `count` shards in `folder`. Raises as `shards.join`."""
-    _shard(count - 1)
-    return shards.join(folder, NAME, [(shard.file, shard.sha256) for shard in dataset().shards[:count]])
-
-
-def _shard(number: int) -> File:
-    registered = dataset().shards
-    if not 0 <= number < len(registered):
-        raise UsageError(f"{NAME} has {len(registered)} shards, 0 to {len(registered) - 1}: there is no shard {number}")
-    return registered[number]
-
-
-def _verified(path: Path, shard: File) -> Path:
-    """`path`, when it holds the bytes of `shard`."""
-    if not is_whole(path, shard):
-        found = f"{path.stat().st_size:,} bytes, sha256 {sha256_file(path)}" if path.is_file() else "it is not there"
-        raise PicogptError(
-            f"{path} is not {shard.file} of {NAME}: {found}; expected {shard.size:,} bytes, sha256 {shard.sha256}"
-        )
-    return path
+    return shards.join(folder, NAME, [(file.file, file.sha256) for file in map(shard, range(count))])
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -149,14 +114,13 @@ def _open(path: Path) -> pq.ParquetFile:
 
     try:
         # With the defaults a whole row group, or the whole file, would be read into memory at once.
-        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
+        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (OSError, pyarrow.ArrowException) as error:
         raise PicogptError(f"{path} is no parquet file: {error}") from error
-    schema = table.schema_arrow
-    held = {name: str(schema.field(name).type) for name in schema.names}
+    held = {field.name: str(field.type) for field in table.schema_arrow}
     if held.get(COLUMN) not in ("string", "large_string"):
-        listed = ", ".join(f"{name} ({kind})" for name, kind in held.items())
-        raise PicogptError(f"{path} has no column {COLUMN!r} of strings; it has {listed or 'no columns'}")
+        listed = ", ".join(f"{name} ({dtype})" for name, dtype in held.items()) or "no columns"
+        raise PicogptError(f"{path} has no column {COLUMN!r} of strings; it has {listed}")
     return table
 
 
@@ -166,7 +130,7 @@ def _documents(table: pq.ParquetFile, path: Path) -> Iterator[str]:
 
     for group in range(table.num_row_groups):
         try:
-            for batch in table.iter_batches(DOCUMENTS_AT_ONCE, row_groups=[group], columns=[COLUMN]):
+            for batch in table.iter_batches(1024, row_groups=[group], columns=[COLUMN]):  # documents, about 5 MB
                 texts = batch.column(0)
                 if texts.null_count:
                     raise PicogptError(f"{path}: a document in row group {group} has no {COLUMN}")

@@ -22,10 +22,9 @@ class Ids(Protocol):
 class Sampler:
     """Draws windows of `block_size` tokens and their successors, without replacement within an epoch.
 
-    An epoch cuts the tokens into non-overlapping windows, beginning at an offset that changes with the
-    epoch, and visits them in a seeded random order. Batches follow one another without a gap, also across
-    epochs, so that every batch is full. The batch of a step is the same for every world size: a rank takes
-    its part of it.
+    An epoch cuts the tokens into non-overlapping windows, beginning at an offset that changes with the epoch, and visits
+    them in a seeded random order. Batches follow one another without a gap, also across epochs, so that every batch is
+    full. The batch of a step is the same for every world size: a rank takes its part of it.
 
     Raises PicogptError when the tokens do not fill one window.
     """
@@ -35,10 +34,9 @@ class Sampler:
         # One block is reserved for the random offset, and one token for the last target.
         self.windows = (len(ids) - block_size) // block_size
         if self.windows < 1:
-            raise PicogptError(
-                f"the training text has {len(ids):,} tokens; block_size={block_size} needs at least {2 * block_size:,}:"
-                " use a longer text or a smaller model.block_size"
-            )
+            needed = f"block_size={block_size} needs at least {2 * block_size:,}"
+            remedy = "use a longer text or a smaller model.block_size"
+            raise PicogptError(f"the training text has {len(ids):,} tokens; {needed}: {remedy}")
 
     def steps(self, epochs: float) -> int:
         """Optimizer steps that make `epochs` passes, rounded up."""
@@ -51,19 +49,18 @@ class Sampler:
     def starts(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """First positions of the windows of a step on one rank, shape (batch_size // world_size,)."""
         share = self.batch_size // world_size
-        first = step * self.batch_size + rank * share
-        return np.array([self._start(index) for index in range(first, first + share)], dtype=np.int64)
+        starts = np.empty(share, dtype=np.int64)
+        for row in range(share):
+            epoch, position = divmod(step * self.batch_size + rank * share + row, self.windows)
+            offset, order = _order(self.seed, epoch, self.windows, self.block_size)
+            starts[row] = offset + order[position] * self.block_size
+        return starts
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of a step on one rank: int64 arrays of shape (batch_size // world_size, block_size)."""
         starts = self.starts(step, rank, world_size).tolist()
         tokens = np.stack([self.ids[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
         return tokens[:, :-1], tokens[:, 1:]
-
-    def _start(self, index: int) -> int:
-        epoch, position = divmod(index, self.windows)
-        offset, order = _order(self.seed, epoch, self.windows, self.block_size)
-        return offset + int(order[position]) * self.block_size
 
 
 @functools.lru_cache(maxsize=4)
@@ -75,8 +72,8 @@ def _order(seed: int, epoch: int, windows: int, block_size: int) -> tuple[int, n
 def sequential(ids: Ids, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All tokens once, in order: batches of (inputs, targets), int64, shape (at most batch_size, block_size).
 
-    The last window is shorter when the tokens do not divide, and comes in a batch of its own, so that
-    every token but the first is a target exactly once.
+    The last window is shorter when the tokens do not divide, and comes in a batch of its own, so that every token but the
+    first is a target exactly once.
     """
     full = (len(ids) - 1) // block_size
     for first in range(0, full, batch_size):

@@ -7,8 +7,8 @@ the first documents of the first shard are `val.bin`. `join` looks at all of the
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
+import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -28,10 +28,8 @@ from picogpt.progress import counting
 
 MANIFEST = "manifest.json"
 VAL = "val.bin"
-# An open shard takes a descriptor and a memory map. Linux gives a process 65,530 maps, and about a thousand descriptors,
-# or as many as it may ask for.
-MOST_OPEN = 1 << 14
-OTHER_FILES = 256
+MOST_OPEN = 1 << 14  # Linux gives a process 65,530 memory maps, and an open shard takes one
+OTHER_FILES = 256  # descriptors that are left for everything else
 HASH = r"^[0-9a-f]{64}$"
 
 
@@ -61,28 +59,16 @@ class Manifest(Settings):
 
     def header(self) -> Header:
         """The header that a single file with all training tokens would have."""
-        return Header(
-            split="train",
-            count=sum(part.count for part in self.train),
-            text_sha256=hash_of_texts([part.source_sha256 for part in self.train]),
-            **self.model_dump(include={"dtype", "vocab_size", "corpus", "tokenizer_sha256", "data_sha256"}),
-        )
+        same = self.model_dump(include={"dtype", "vocab_size", "corpus", "tokenizer_sha256", "data_sha256"})
+        text_sha256 = hash_of_texts([part.source_sha256 for part in self.train])
+        return Header(split="train", count=sum(part.count for part in self.train), text_sha256=text_sha256, **same)
 
     def open(self, part: Part, folder: Path) -> TokenFile:
         """Open one of the files. Raises PicogptError, naming it, when it is not the one that was joined."""
-        tokens = open_tokens(folder / part.file, check=False)
-        wrong = tokens.header.difference(
-            count=part.count,
-            data_sha256=part.sha256,
-            text_sha256=part.source_sha256,
-            **self.model_dump(include={"dtype", "vocab_size", "tokenizer_sha256"}),
-        )
-        if wrong:
-            raise PicogptError(
-                f"{tokens.path} is not the file that {folder / MANIFEST} lists: {wrong}; tokenize its shard again, and"
-                " join the shards"
-            )
-        return tokens
+        same = self.model_dump(include={"dtype", "vocab_size", "tokenizer_sha256"})
+        hashes = {"data_sha256": part.sha256, "text_sha256": part.source_sha256}
+        listed, remedy = f"the file that {folder / MANIFEST} lists", "tokenize its shard again, and join the shards"
+        return open_tokens(folder / part.file, False, listed, remedy, count=part.count, **hashes, **same)
 
 
 class ShardedTokens:
@@ -108,26 +94,19 @@ class ShardedTokens:
             raise IndexError(f"ids of many files are read in order, not in steps of {step}")
         if stop - start == len(self):
             return self
-        stop = max(start, stop)
         index = min(bisect_right(self._ends, start), len(self._ends) - 1)
         pieces: list[np.ndarray] = []
         while start < stop or not pieces:
-            tokens = self._open(index)
-            end = min(stop, self._ends[index])
-            begin = self._ends[index] - tokens.header.count
-            piece = tokens.ids[start - begin : end - begin]
-            tokens.check(piece)
-            pieces.append(piece)
+            tokens, end = self._open(index), self._ends[index]
+            begin = end - tokens.header.count
+            pieces.append(tokens.ids[start - begin : max(start, min(stop, end)) - begin])
+            tokens.check(pieces[-1])
             start, index = end, index + 1
         return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def may_open(count: int) -> int:
     """How many of `count` files this process may keep open; its limit is raised for them as far as it may be."""
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return OTHER_FILES
     wanted = min(count, MOST_OPEN) + OTHER_FILES
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
@@ -156,35 +135,40 @@ def open_shards(folder: str | Path) -> TokenData:
         raise PicogptError(f"{path} is no whole manifest ({first_mistake(error)}): join the shards again") from error
     if manifest.data_sha256 != hash_of_parts(part.sha256 for part in (*manifest.train, manifest.val)):
         raise PicogptError(f"{path} was changed: data_sha256 is not that of the files it lists; join the shards again")
-    here = set(os.listdir(folder))
-    if missing := [part.file for part in manifest.train if part.file not in here]:
+    here, train = set(os.listdir(folder)), manifest.train
+    if missing := [part.file for part in train if part.file not in here]:
         raise PicogptError(f"{folder / missing[0]} is not there, and {path} lists it: tokenize its shard again")
-    ids = ShardedTokens(
-        [part.count for part in manifest.train], lambda index: manifest.open(manifest.train[index], folder)
-    )
+    ids = ShardedTokens([part.count for part in train], lambda index: manifest.open(train[index], folder))
     val = manifest.open(manifest.val, folder)
     val.check(val.ids[:])  # evaluation reads all of it; training batches are checked one by one
     return TokenData(TokenFile(path, manifest.header(), ids), val)
 
 
-def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) -> TokenData:
+def join(folder: Path, corpus: str, sources: Sequence[tuple[str, str]]) -> TokenData:
     """Write the manifest of a corpus: one shard for each of `sources`, (name, sha256) in their order.
 
     Every id is read once, to know that it is the one that was written.
 
     Raises PicogptError naming the shard that is missing, damaged, of another source, tokenizer or corpus.
     """
-    folder = Path(folder)
+    parts: list[Part] = []
+    same: dict[str, Any] = {"corpus": corpus}
     with exclusive_lock(folder, "joining shards"), counting("checking", len(sources) + 1) as advance:
-        val, header = _inspect(folder / VAL, 0, sources[0], corpus=corpus, first_document=0)
-        advance(1)
-        same = header.model_dump(include={"corpus", "tokenizer_sha256", "vocab_size", "dtype"})
-        train = []
-        for number, source in enumerate(sources):
-            first = 0 if number else val.documents
-            part, _ = _inspect(folder / shard_file(number), number, source, first_document=first, **same)
-            train.append(part)
+        for file, number in [(VAL, 0), *((shard_file(number), number) for number in range(len(sources)))]:
+            path, (name, sha256), again = folder / file, sources[number], f"tokenize shard {number} again"
+            if not path.exists():
+                raise PicogptError(f"{path} is not there: tokenize shard {number}")
+            known = {"text_sha256": sha256, "first_document": parts[0].documents if len(parts) == 1 else 0, **same}
+            listed = f"shard {number} of this corpus, made from {name}"
+            tokens = open_tokens(path, False, listed, f"{again} into this folder", **known)
+            if not tokens.is_undamaged():
+                raise PicogptError(f"{path} is damaged: its ids are not those that were written; {again}")
+            header = tokens.header
+            counts = header.model_dump(include={"count", "first_document", "documents"})
+            parts.append(Part(file=file, sha256=header.data_sha256, source=name, source_sha256=sha256, **counts))
+            same = header.model_dump(include={"corpus", "tokenizer_sha256", "vocab_size", "dtype"})
             advance(1)
+        val, *train = parts
         data_sha256 = hash_of_parts(part.sha256 for part in (*train, val))
         manifest = Manifest(data_sha256=data_sha256, train=train, val=val, **same)
         write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
@@ -193,38 +177,8 @@ def join(folder: str | Path, corpus: str, sources: Sequence[tuple[str, str]]) ->
 
 def is_whole(path: Path, expected: Header) -> bool:
     """Whether `path` is an undamaged token file with all the fields that are known in the `expected` header."""
+    known = expected.model_dump(exclude={"count", "data_sha256"}, exclude_none=True)
     try:
-        tokens = open_tokens(path, check=False)
+        return open_tokens(path, check=False, **known).is_undamaged()
     except PicogptError:
         return False
-    known = expected.model_dump(exclude={"count", "data_sha256"}, exclude_none=True)
-    return not tokens.header.difference(**known, data_sha256=_hash_of_ids(tokens))
-
-
-def _inspect(path: Path, number: int, source: tuple[str, str], **expected: object) -> tuple[Part, Header]:
-    """The manifest's entry for a token file, and the file's header, which must have the `expected` fields."""
-    if not path.exists():
-        raise PicogptError(f"{path} is not there: tokenize shard {number}")
-    name, sha256 = source
-    tokens = open_tokens(path, check=False)
-    header = tokens.header
-    wrong = header.difference(text_sha256=sha256, **expected)
-    if wrong or header.documents is None:
-        raise PicogptError(
-            f"{path} is not shard {number} of this corpus, made from {name}: {wrong or 'its documents are not counted'};"
-            f" tokenize shard {number} again into this folder"
-        )
-    if header.data_sha256 != _hash_of_ids(tokens):
-        raise PicogptError(f"{path} is damaged: its ids are not those that were written; tokenize shard {number} again")
-    part = Part(
-        file=path.name,
-        sha256=header.data_sha256,
-        source=name,
-        source_sha256=sha256,
-        **header.model_dump(include={"count", "first_document", "documents"}),
-    )
-    return part, header
-
-
-def _hash_of_ids(tokens: TokenFile) -> str:
-    return hashlib.sha256(tokens.ids[:]).hexdigest()

@@ -13,8 +13,7 @@ from picogpt.errors import PicogptError, UsageError
 from picogpt.files import read_text, write_text
 
 FILE_NAME = "tokenizer.json"
-FORMAT = "picogpt-char-tokenizer"
-VERSION = 1
+FORMAT = {"format": "picogpt-char-tokenizer", "version": 1}
 
 
 class Tokenizer(Protocol):
@@ -54,8 +53,7 @@ class CharTokenizer:
         """The tokenizer of all characters in `text`. Raises PicogptError when there are fewer than two."""
         characters = "".join(sorted(set(text)))
         if len(characters) < 2:
-            held = f"only the character {characters!r}" if characters else "no text at all"
-            raise PicogptError(f"the corpus holds {held}: there is nothing to predict")
+            raise PicogptError(f"the corpus holds only the character {characters!r}: there is nothing to predict")
         return cls(characters)
 
     @classmethod
@@ -64,20 +62,18 @@ class CharTokenizer:
         path = Path(folder) / FILE_NAME
         try:
             tree = json.loads(read_text(path))
-            if (found := (tree["format"], tree["version"])) != (FORMAT, VERSION):
-                raise ValueError(
-                    f"it is {found[0]} version {found[1]}, and this picogpt reads {FORMAT} version {VERSION}"
-                )
+            if (found := {key: tree[key] for key in FORMAT}) != FORMAT:
+                raise ValueError(f"it has {found}, and this picogpt reads {FORMAT}")
             return cls("".join(tree["characters"]))
         except (ValueError, KeyError, TypeError) as error:
             raise PicogptError(
-                f"{path} is not a character tokenizer ({error}): picogpt tokenize char makes one"
+                f"{path} is no character tokenizer ({error}): picogpt tokenize char makes one"
             ) from error
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` into `folder`."""
-        tree = {"format": FORMAT, "version": VERSION, "characters": list(self.characters)}
-        write_text(Path(folder) / FILE_NAME, json.dumps(tree, indent=1) + "\n")
+        tree = json.dumps({**FORMAT, "characters": list(self.characters)}, indent=1)
+        write_text(Path(folder) / FILE_NAME, tree + "\n")
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, shape (len(text),), of the smallest unsigned dtype.
@@ -88,11 +84,9 @@ class CharTokenizer:
         ids = np.minimum(np.searchsorted(self._points, points), self.vocab_size - 1)
         unknown = self._points[ids] != points
         if unknown.any():
-            characters = " ".join(repr(chr(point)) for point in np.unique(points[unknown])[:10])
-            raise UsageError(
-                f"the vocabulary of {self.vocab_size} characters lacks {characters} (first at position {unknown.argmax()});"
-                f" it has {self.characters!r}"
-            )
+            lacking = " ".join(repr(chr(point)) for point in np.unique(points[unknown])[:10])
+            where = f"(first at position {unknown.argmax()})"
+            raise UsageError(f"the vocabulary lacks {lacking} {where}; it has the characters {self.characters!r}")
         return ids.astype(np.min_scalar_type(self.vocab_size - 1))
 
     def decode(self, ids: np.ndarray | list[int]) -> str:

@@ -9,10 +9,10 @@ ids       `count` values of `dtype`, beginning at a multiple of 64 bytes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -25,9 +25,6 @@ from picogpt.files import atomic_write
 MAGIC = b"PICOGPT\n"
 ALIGNMENT = 64
 LARGEST_HEADER = 1 << 16
-HEADER_GROWTH = 128
-"""Bytes that the header may grow by while the ids are written: two numbers and a hash."""
-SPLITS = ("train", "val")
 # Larger files are not checked at the start, which would take too long; their batches are checked one by one.
 CHECKED_COUNT = 1 << 26
 
@@ -44,19 +41,14 @@ class Header(Settings):
     text_sha256: str
     tokenizer_sha256: str
     data_sha256: str = ""
-    """Hash of the ids of both splits: files that belong together have the same, and a run knows its data by it.
-    In a file of a shard: of the ids in it; the manifest has the hash of all."""
-    first_document: int | None = None
-    """In a file of a shard: the index of its first document in the source."""
-    documents: int | None = None
-    """In a file of a shard: the number of documents, each terminated by `<|endoftext|>`."""
+    """Hash of the ids of both splits, by which a run knows its data; in a file of a shard: of the ids in the file."""
+    first_document: int | None = Field(None, description="in a file of a shard: its first one's index in the source")
+    documents: int | None = Field(None, description="in a file of a shard: number, each terminated by <|endoftext|>")
 
-    def difference(self, **expected: object) -> str:
-        """The first field that is not as expected, as in "its count is 3, not 5"; "" when all are."""
-        for field, value in expected.items():
-            if (found := getattr(self, field)) != value:
-                return f"its {field} is {found}, not {value}"
-        return ""
+    @property
+    def little_endian(self) -> np.dtype:
+        """The dtype of the ids in the file."""
+        return np.dtype(self.dtype).newbyteorder("<")
 
 
 @dataclass(frozen=True)
@@ -69,10 +61,14 @@ class TokenFile:
 
     def check(self, ids: np.ndarray) -> None:
         """Raises PicogptError when one of `ids`, any shape, is not in the vocabulary."""
-        if ids.size and (largest := int(ids.max())) >= self.header.vocab_size:
-            raise PicogptError(
-                f"{self.path} holds the id {largest} in a vocabulary of {self.header.vocab_size}: tokenize the text again"
-            )
+        if ids.size and (largest := int(ids.max())) >= (vocab_size := self.header.vocab_size):
+            mistake = f"the id {largest} in a vocabulary of {vocab_size}"
+            raise PicogptError(f"{self.path} holds {mistake}: tokenize the text again")
+
+    def is_undamaged(self) -> bool:
+        """Whether the file, one of a shard, holds the ids and the documents that were written."""
+        written = self.header.documents is not None and self.header.data_sha256
+        return written == hashlib.sha256(self.ids[:]).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -98,29 +94,39 @@ class TokenData:
         }
 
 
-def write_tokens(path: str | Path, header: Header, parts: Iterable[tuple[int, np.ndarray]]) -> None:
+def write_tokens(
+    path: Path, header: Header, parts: Iterable[tuple[int, np.ndarray]], advance: Callable[..., object] | None = None
+) -> None:
     """Write a token file of any length, atomically; each of `parts` is a number of documents and their ids, shape (N,).
 
     `count`, and in a file of a shard `documents` and `data_sha256`, are set in the header, which is written last.
+    `advance` is told the documents and tokens of each part once they are written.
     """
-    length = len(_json(header)) + HEADER_GROWTH
+    growth = 128  # of the header while the ids are written: two numbers and a hash
+    length = len(header.model_dump_json().encode()) + growth
     length += -(len(MAGIC) + 4 + length) % ALIGNMENT
     count, documents, digest = 0, 0, hashlib.sha256()
     with atomic_write(path) as file:
         file.seek(len(MAGIC) + 4 + length)
         for more, ids in parts:
-            content = ids.astype(_little_endian(header)).tobytes()
+            content = ids.astype(header.little_endian).tobytes()
             file.write(content)
             digest.update(content)
             count, documents = count + len(ids), documents + more
+            if advance:
+                advance(more, len(ids))
         known = {"count": count, "documents": documents, "data_sha256": digest.hexdigest()}
         header = header.model_copy(update=known if header.first_document is not None else {"count": count})
         file.seek(0)
-        file.write(MAGIC + length.to_bytes(4, "little") + _json(header).ljust(length))
+        file.write(MAGIC + length.to_bytes(4, "little") + header.model_dump_json().encode().ljust(length))
 
 
-def open_tokens(path: str | Path, check: bool = True) -> TokenFile:
+def open_tokens(
+    path: str | Path, check: bool = True, belongs: str = "", remedy: str = "tokenize the text again", **expected: Any
+) -> TokenFile:
     """Open a token file; with `check`, and unless it is very large, check every id in it.
+
+    Its header must have the `expected` fields; errors say what the file `belongs` to by them, and the `remedy`.
 
     Raises PicogptError when it is missing, foreign, of another version, cut short, or holds an id that is no token.
     """
@@ -130,23 +136,23 @@ def open_tokens(path: str | Path, check: bool = True) -> TokenFile:
             magic, length = file.read(len(MAGIC)), int.from_bytes(file.read(4), "little")
             if magic != MAGIC or not 0 < length <= LARGEST_HEADER:
                 raise PicogptError(f"{path} is not a token file: picogpt tokenize makes one")
-            text = file.read(length)
+            header = Header.model_validate_json(file.read(length))
         size = path.stat().st_size
     except OSError as error:
         raise PicogptError(f"cannot read the token file {path}: {error.strerror}; picogpt tokenize makes it") from error
-    try:
-        header = Header.model_validate_json(text)
     except ValidationError as error:
-        raise PicogptError(f"{path} has a damaged header ({first_mistake(error)}): tokenize the text again") from error
-    dtype, start = _little_endian(header), len(MAGIC) + 4 + length
-    if size != (expected := start + header.count * dtype.itemsize):
-        raise PicogptError(
-            f"{path} holds {size:,} bytes where its header promises {expected:,}: it was cut short or changed; tokenize"
-            " the text again"
-        )
-    tokens = TokenFile(path, header, np.memmap(path, dtype, mode="r", offset=start, shape=(header.count,)))
+        raise PicogptError(f"{path} has a damaged header ({first_mistake(error)}): {remedy}") from error
+    start = len(MAGIC) + 4 + length
+    if size != (promised := start + header.count * header.little_endian.itemsize):
+        held = f"{size:,} bytes where its header promises {promised:,}"
+        raise PicogptError(f"{path} holds {held}: it was cut short or changed; {remedy}")
+    for field, value in expected.items():
+        if (found := getattr(header, field)) != value:
+            raise PicogptError(f"{path} is not {belongs}: its {field} is {found}, not {value}; {remedy}")
+    ids = np.memmap(path, header.little_endian, mode="r", offset=start, shape=(header.count,))
+    tokens = TokenFile(path, header, ids)
     if check and header.count <= CHECKED_COUNT:
-        tokens.check(tokens.ids[:])
+        tokens.check(ids)
     return tokens
 
 
@@ -165,11 +171,3 @@ def hash_of_parts(hashes: Iterable[str]) -> str:
 def hash_of_texts(hashes: Sequence[str]) -> str:
     """Hash of all texts of a corpus, from the hash of each."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _json(header: Header) -> bytes:
-    return header.model_dump_json().encode()
-
-
-def _little_endian(header: Header) -> np.dtype:
-    return np.dtype(header.dtype).newbyteorder("<")

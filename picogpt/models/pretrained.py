@@ -16,6 +16,7 @@ from picogpt.data import fetch
 from picogpt.errors import PicogptError, UsageError
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel, check_tensors, shapes_only
+from picogpt.registry import GPT2_SIZES
 
 VOCAB_SIZE = 50257
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -42,7 +43,7 @@ def name_for(config: ModelConfig, vocab_size: int) -> str:
     for name, asset in fetch.pretrained().items():
         if asset.config() == config.model_copy(update={"dropout": 0.0}) and vocab_size == VOCAB_SIZE:
             return name
-    sizes = "; ".join(f"{a.parameters}: {a.n_layer}, {a.n_head}, {a.n_embd}" for a in fetch.pretrained().values())
+    sizes = "; ".join(f"{name}: {size.n_layer}, {size.n_head}, {size.n_embd}" for name, size in GPT2_SIZES.items())
     raise UsageError(
         f"no pretrained weights fit n_layer={config.n_layer}, n_head={config.n_head}, n_embd={config.n_embd},"
         f" block_size={config.block_size} with {vocab_size:,} tokens; there are, with 1,024 and 50,257: {sizes}"
