@@ -13,7 +13,7 @@ import hub as hub_server
 import numpy as np
 import pytest
 from hub import HELD_OUT, Hub, hub_path, parquet, registered, texts
-from test_distributed import assert_same
+from test_distributed import assert_same, script
 from test_distributed import run as train
 from test_tokens import rewrite_header
 
@@ -379,9 +379,9 @@ TRAIN = {"steps": 8, "eval_interval": 4, "eval_train": "part", "micro_batch_size
 
 
 def test_two_ranks_on_shards_equal_one_on_a_single_file(joined: Path, whole: TokenData, tmp_path: Path):
-    alone = train(tmp_path / "alone", whole.train.path.parent, 1, **TRAIN)
+    alone = train(1, *script(tmp_path / "alone", whole.train.path.parent, **TRAIN))
     assert alone.returncode == 0, alone.stderr
-    together = train(tmp_path / "together", joined, 2, **TRAIN)
+    together = train(2, *script(tmp_path / "together", joined, **TRAIN))
     assert together.returncode == 0, together.stderr
     assert_same(tmp_path / "together", tmp_path / "alone")
     ours, theirs = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("together", "alone"))
