@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from picogpt.cli.common import RUN_PATTERN, WEIGHTS, now, require_fitting, size_
 from picogpt.errors import Interrupted, UsageError
 from picogpt.files import read_text, write_text
 from picogpt.ranks import launcher
-from picogpt.registry import MODELS, settings_class
+from picogpt.registry import MODELS
 
 BATCH = ("train.batch_size", "train.micro_batch_size", "model.block_size")
 """Settings that a machine of config/hardware/ brings."""
@@ -31,7 +32,7 @@ class TrainCommand(click.Command):
         formatter.write_text(
             "Settings of the YAML file, for --set, with their defaults (the files in config/models/ set others):"
         )
-        sections = {f"model of {name}": ("model", settings_class(name)) for name in MODELS}
+        sections = {f"model of {name}": ("model", resolve_name(model.settings)) for name, model in MODELS.items()}
         sections["train: everything that changes the result"] = ("train", TrainConfig)
         sections["runtime: device, speed and logging"] = ("runtime", RuntimeConfig)
         for title, (prefix, cls) in sections.items():
