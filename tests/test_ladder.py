@@ -56,7 +56,7 @@ def climbed(tmp_path_factory: pytest.TempPathFactory, tokens: TokenData) -> dict
     config = GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RUNGS, "compile", Rung("", {}))
-        patch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: True)
+        patch.setattr(hardware, "multiplies_bfloat16", lambda device_type: True)
         by_kind = {}
         for rung in machine.rungs:
             record = ladder.measure("box", machine, rung, config, tokens, World())
@@ -109,7 +109,7 @@ def test_attention_and_losses_of_the_ladder_are_those_of_the_model():
 
 
 def test_a_rung_that_the_device_lacks_is_recorded_as_that(monkeypatch, tokens: TokenData, box: Path):
-    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device_type: False)
     machine = machines.load(str(box))
     config = GPT2Config(kind="gpt2", n_layer=1, n_head=2, n_embd=16)
     record = ladder.measure("box", machine, "bf16", config, tokens, World())
@@ -162,7 +162,7 @@ def test_the_rung_of_torch_compile(
 @pytest.mark.slow
 def test_every_layer_is_compiled_also_where_attention_is_not(monkeypatch, tokens: TokenData, box: Path):
     """Ten layers: for eight programs of the same lines torch makes no more."""
-    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device_type: True)
     config = GPT2Config(kind="gpt2", n_layer=10, n_head=2, n_embd=16)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         record = ladder.measure("box", machines.load(str(box)), "best_attention", config, tokens, World())
