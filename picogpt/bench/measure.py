@@ -22,7 +22,7 @@ from picogpt.train.evaluate import evaluate
 
 
 def quality(
-    kind: str,
+    key: records.Key,
     model: LanguageModel,
     tokenizer: Tokenizer,
     source: str,
@@ -56,7 +56,7 @@ def quality(
     config = {"source": source, "dtype": dtype, "prompts": list(prompts), "num_tokens": num_tokens, "seed": seed}
     return {
         **provenance,
-        **records.Key("evaluate", kind, dtype=dtype)._asdict(),
+        **key._asdict(),
         "corpus": data.corpus(),
         "config": {"model": model.config.model_dump(), **config},
         "units": {"val_loss": "nats per token, mean over the whole split"},
@@ -65,7 +65,7 @@ def quality(
 
 
 def speed(
-    kind: str,
+    key: records.Key,
     model: LanguageModel,
     tokenizer: Tokenizer,
     source: str,
@@ -109,7 +109,7 @@ def speed(
     config = {"num_tokens": num_tokens, "runs": runs, "batch_size": batch_size, "prompt": prompt, "seed": seed}
     return {
         **provenance,
-        **(records.Key("sampling", kind, dtype=dtype) if batch_size == 1 else records.Key("streams", kind))._asdict(),
+        **key._asdict(),
         "corpus": {},
         "config": {"model": model.config.model_dump(), "source": source, "dtype": dtype, **config},
         "units": {"tokens_per_second": "of all streams together", "first_token_seconds": "s, from prompt to token"},
