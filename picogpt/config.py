@@ -102,15 +102,9 @@ class TrainConfig(Settings):
     epochs: float | None = setting(None, "passes over the training text (this or steps)", gt=0)
     steps: int | None = setting(None, "optimizer steps (this or epochs)", ge=1)
     batch_size: int = setting(16, "sequences per optimizer step, over all ranks", ge=1)
-    micro_batch_size: int | None = setting(
-        None, "sequences of a forward pass on a rank, with gradient accumulation; default: by device", ge=1
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "dtype of matrix products, also in evaluation; auto: bfloat16 where it is fast"
-    )
-    optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "muon: orthogonalized momentum for the matrices of the blocks, AdamW for the rest"
-    )
+    micro_batch_size: int | None = setting(None, "sequences of a forward pass on a rank; default: by device", ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; auto: bfloat16 where fast")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: for the matrices of the blocks; AdamW for the rest")
     learning_rate: float = setting(3e-3, "peak learning rate of AdamW", gt=0)
     embedding_learning_rate: float | None = setting(None, "for the embeddings; default: learning_rate", gt=0)
     matrix_learning_rate: float = setting(0.02, "peak learning rate of Muon", gt=0)
@@ -139,9 +133,7 @@ class RuntimeConfig(Settings):
     """How to run: where, how fast, how chatty. A run can be resumed under other values."""
 
     device: str = setting("auto", "device: auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    compile: Literal["auto", "on", "off"] = setting(
-        "auto", "use torch.compile; auto: yes, falling back to eager with one warning where no compiler works"
-    )
+    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile; auto: on, or eager where it does not work")
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -191,9 +183,7 @@ class MachineConfig(Settings):
     warmup_steps: int = Field(ge=1, description="untimed steps at the start; compilation happens in the first")
     steps: int = Field(ge=3, description="timed steps, each timed separately")
     rungs: list[str] = Field(description="optimizations that the device has, each including those before it")
-    training: str | None = Field(
-        None, pattern=r"^[a-z0-9_]+$", description="settings in config/models/ of the long training on FineWeb-Edu"
-    )
+    training: str | None = Field(None, pattern=r"^[a-z0-9_]+$", description="long training: a name in config/models/")
 
     @model_validator(mode="after")
     def _consistent(self) -> MachineConfig:

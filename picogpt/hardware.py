@@ -16,14 +16,11 @@ from picogpt.errors import UsageError
 
 @dataclass(frozen=True)
 class Device:
-    """A device, and the dtype of its matrix products."""
+    """The manufacturer's name of a device, torch's (cpu, cuda:0, mps), and the dtype of matrix products, as torch has it."""
 
     name: str
-    """The manufacturer's name, for records."""
     torch_name: str
-    """cpu, cuda:0, mps."""
     dtype: str
-    """bfloat16 or float32, of the matrix products."""
 
     @property
     def type(self) -> str:
@@ -132,8 +129,7 @@ def peak_memory_bytes(device: Device) -> int:
         return torch.cuda.max_memory_allocated(device.torch_name)
     import resource
 
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def gpu_memory_bytes(device: Device) -> int | None:

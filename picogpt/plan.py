@@ -232,10 +232,8 @@ def _hub_attempt(names: list[str]) -> int:
     status = read_status(RESOURCES / "hub.json")
     if status is None:
         return 1
-
-    def settled(answer: Answer | None) -> bool:
-        if answer and answer.state == "here":
-            return Path(str(answer.path)).exists()
-        return answer is not None and answer.state == "refused" and status.endpoint == endpoint()
-
-    return status.attempt + (not all(settled(status.files.get(name)) for name in names))
+    answers = [status.files.get(name, Answer(state="unreachable")) for name in names]
+    here = [answer.state == "here" and Path(str(answer.path)).exists() for answer in answers]
+    refused = [answer.state == "refused" and status.endpoint == endpoint() for answer in answers]
+    settled = [known or final for known, final in zip(here, refused, strict=True)]
+    return status.attempt + (not all(settled))

@@ -34,14 +34,14 @@ PRETRAINED = ("gpt2-pretrained", "gpt2-pretrained-medium", "gpt2-pretrained-larg
 
 @dataclass(frozen=True)
 class Rung:
-    """An optimization of the training ladder."""
+    """An optimization of the training ladder: its label in figures, and what a device must have for it.
+
+    `changes` are fields of `picogpt.train.step.Switches`, which each rung sets in addition to those before it.
+    """
 
     label: str
-    """In figures."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Fields of `picogpt.train.step.Switches`, which each rung sets in addition to those before it."""
     needs: Literal["", "bfloat16", "TF32", "GPU", "CPU"] = ""
-    """What a device must have."""
 
     def missing(self, device: Device) -> str | None:
         """Why `device` cannot run this rung, or None if it can."""

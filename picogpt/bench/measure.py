@@ -40,10 +40,8 @@ def quality(
     """
     header = data.val.header
     if header.tokenizer_sha256 != tokenizer.sha256:
-        sizes = f"({header.vocab_size:,} of them, not {tokenizer.vocab_size:,})"
-        raise PicogptError(
-            f"{data.val.path} holds tokens of another tokenizer {sizes} than {source}: use another --data"
-        )
+        found = f"tokens of another tokenizer ({header.vocab_size:,} of them, not {tokenizer.vocab_size:,})"
+        raise PicogptError(f"{data.val.path} holds {found} than {source}: use another folder of --data")
     where = hardware.select(device, "float32")  # no autocast: the weights have the dtype that is measured
     record = {**records.provenance(where), **key._asdict()}
     model = prepare(model, device, dtype, decoding=False)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from picogpt.models.language_model import LanguageModel
     from picogpt.records import Key
 
+    Loaded = tuple[LanguageModel, Tokenizer, str]
+
 KINDS = tuple(MODELS)
 PATH = click.Path(path_type=Path)
 WEIGHTS = Path("weights")
@@ -83,7 +85,7 @@ def require_fitting(kind: str, data: TokenData) -> None:
 
 def load_model(
     kind: str, ckpt: Path | None, tokenizer_dir: Path | None, untrained: bool = False, cached_only: bool = False
-) -> tuple[LanguageModel, Tokenizer, str]:
+) -> Loaded:
     """A trained model, its tokenizer, and where the weights come from; with `cached_only` no hub is asked for them."""
     pretrained_name = kind.removeprefix("gpt2-") if kind in PRETRAINED else None
     if tokenizer_dir and (pretrained_name or MODELS[kind].tokenizer == "gpt2"):
@@ -107,9 +109,7 @@ def load_model(
     return weights.model(untrained), weights.tokenizer(tokenizer_dir), str(weights.path)
 
 
-def load_or_record(
-    key: Key, out: Path | None, optional: bool, ckpt: Path | None, tokenizer_dir: Path | None
-) -> tuple[LanguageModel, Tokenizer, str]:
+def load_or_record(key: Key, out: Path | None, optional: bool, ckpt: Path | None, tokenizer_dir: Path | None) -> Loaded:
     """`load_model` for the measurement `key`. With `optional` and without OpenAI's weights, end well and record that."""
     try:
         return load_model(str(key.model), ckpt, tokenizer_dir, cached_only=optional)
