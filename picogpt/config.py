@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import IO, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from picogpt.errors import UsageError
 from picogpt.files import read_text
-from picogpt.registry import GPT2_SIZES, MODELS, RUNGS, settings_class
+from picogpt.registry import GPT2_SIZES, MODELS, RUNGS
 
 
 class Settings(BaseModel):
@@ -45,9 +46,7 @@ class CharBigramConfig(ModelConfig):
     """A table of logits: row, the current character; column, the next one."""
 
     kind: Literal["char-bigram"]
-    block_size: int = setting(
-        256, "length of a training sequence, in characters (the model itself uses only the last one)", ge=1
-    )
+    block_size: int = setting(256, "length of a training sequence, in characters; only the last one is used", ge=1)
 
 
 class CharTransformerConfig(ModelConfig):
@@ -62,10 +61,8 @@ class CharTransformerConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> CharTransformerConfig:
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(
-                f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head} (rotary halves of each head)"
-            )
+        if self.n_embd % (2 * self.n_head):  # rotary embeddings pair the two halves of each head
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}")
         return self
 
 
@@ -74,7 +71,7 @@ class GPT2Config(ModelConfig):
 
     kind: Literal["gpt2"]
     size: Literal["124M", "355M", "774M", "1558M"] | None = setting(
-        None, "a published size, 124M, 355M, 774M or 1558M: sets n_layer, n_head and n_embd", exclude=True
+        None, "a published size, 124M, 355M, 774M or 1558M: sets n_layer, n_head, n_embd", exclude=True
     )
     n_layer: int = setting(12, "number of blocks", ge=1)
     n_head: int = setting(12, "attention heads of a block", ge=1)
@@ -86,8 +83,8 @@ class GPT2Config(ModelConfig):
     @classmethod
     def _expand_size(cls, tree: Any) -> Any:
         # Equal models have equal settings, so the size itself is not kept.
-        if isinstance(tree, dict) and (size := GPT2_SIZES.get(str(tree.get("size")))):
-            return {**tree, "size": None, "n_layer": size.n_layer, "n_head": size.n_head, "n_embd": size.n_embd}
+        if isinstance(tree, dict) and (shape := GPT2_SIZES.get(str(tree.get("size")))):
+            return {**tree, "size": None, **dict(zip(("n_layer", "n_head", "n_embd"), shape, strict=True))}
         return tree
 
     @model_validator(mode="after")
@@ -101,45 +98,28 @@ class TrainConfig(Settings):
     """Everything that changes what is learned."""
 
     seed: int = setting(1337, "seed of the initial weights, the data order and dropout", ge=0, lt=2**31)
-    init: Literal["scratch", "pretrained"] = setting(
-        "scratch", "initial weights: drawn from the seed, or OpenAI's of the same shape (gpt2 only)"
-    )
+    init: Literal["scratch", "pretrained"] = setting("scratch", "initial weights; pretrained: OpenAI's (gpt2 only)")
     epochs: float | None = setting(None, "passes over the training text (this or steps)", gt=0)
     steps: int | None = setting(None, "optimizer steps (this or epochs)", ge=1)
     batch_size: int = setting(16, "sequences per optimizer step, over all ranks", ge=1)
-    micro_batch_size: int | None = setting(
-        None, "sequences of one forward pass on one rank, with gradient accumulation; default: by device", ge=1
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "dtype of the matrix products, also in evaluation; auto: bfloat16 where the device is fast with it"
-    )
-    optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "muon: orthogonalized momentum for the matrices of the blocks, AdamW for the rest"
-    )
+    micro_batch_size: int | None = setting(None, "sequences of a forward pass on a rank; default: by device", ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; auto: bfloat16 where fast")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: for the matrices of the blocks; AdamW for the rest")
     learning_rate: float = setting(3e-3, "peak learning rate of AdamW", gt=0)
-    embedding_learning_rate: float | None = setting(
-        None, "learning rate of the embeddings; default: learning_rate", gt=0
-    )
+    embedding_learning_rate: float | None = setting(None, "for the embeddings; default: learning_rate", gt=0)
     matrix_learning_rate: float = setting(0.02, "peak learning rate of Muon", gt=0)
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
     eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
     momentum: float = setting(0.95, "Muon's Nesterov momentum", ge=0, lt=1)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices; never of gains, biases or embeddings", ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "learning-rate schedule after warm-up and plateau"
-    )
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "how the learning rate decays")
     warmup_steps: int = setting(0, "steps of linear warm-up", ge=0)
-    decay_fraction: float = setting(
-        1.0, "share of the steps, at the end, in which the learning rate decays", gt=0, le=1
-    )
-    final_learning_rate_fraction: float = setting(
-        0.0, "learning rate of the last step, as a fraction of the peak", ge=0, le=1
-    )
+    decay_fraction: float = setting(1.0, "last share of the steps, in which the rate decays", gt=0, le=1)
+    final_learning_rate_fraction: float = setting(0.0, "last learning rate / peak learning rate", ge=0, le=1)
     grad_clip: float = setting(0.0, "clip the global gradient norm to this; 0: no clipping", ge=0)
     eval_interval: int = setting(100, "steps between evaluations on the whole validation text", ge=1)
     eval_train: Literal["none", "part", "whole"] = setting(
-        "none",
-        "also evaluate on the training text, before and after training; part: as many tokens as in the validation text",
+        "none", "also evaluate on the training text, before and after; part: as many tokens as for validation"
     )
 
     @model_validator(mode="after")
@@ -153,9 +133,7 @@ class RuntimeConfig(Settings):
     """How to run: where, how fast, how chatty. A run can be resumed under other values."""
 
     device: str = setting("auto", "device: auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    compile: Literal["auto", "on", "off"] = setting(
-        "auto", "use torch.compile; auto: yes, falling back to eager with one warning where no compiler works"
-    )
+    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile; auto: on, or eager where it does not work")
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -182,16 +160,12 @@ class Experiment(Settings):
             return check(value)
         if value["kind"] not in MODELS:
             raise ValueError(f"there is no kind {value['kind']!r}: there are {', '.join(MODELS)}")
-        return settings_class(value["kind"]).model_validate(value)
+        return resolve_name(MODELS[value["kind"]].settings).model_validate(value)
 
     def fingerprint(self, vocab_size: int, data_sha256: str) -> str:
         """Hash of all that decides the learned weights: model, training, data; not of `runtime`."""
-        identity = [
-            self.model.model_dump(),
-            self.train.model_dump(exclude={"micro_batch_size"}),
-            vocab_size,
-            data_sha256,
-        ]
+        train = self.train.model_dump(exclude={"micro_batch_size"})
+        identity = [self.model.model_dump(), train, vocab_size, data_sha256]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -208,25 +182,16 @@ class MachineConfig(Settings):
     block_size: int = Field(1024, ge=2, description="tokens per sequence")
     warmup_steps: int = Field(ge=1, description="untimed steps at the start; compilation happens in the first")
     steps: int = Field(ge=3, description="timed steps, each timed separately")
-    rungs: list[str] = Field(
-        description="optimizations of the training ladder, each including those before it; omit what the device lacks"
-    )
-
-    training: str | None = Field(
-        None,
-        pattern=r"^[a-z0-9_]+$",
-        description="settings in config/models/ of the long training on FineWeb-Edu",
-    )
+    rungs: list[str] = Field(description="optimizations that the device has, each including those before it")
+    training: str | None = Field(None, pattern=r"^[a-z0-9_]+$", description="long training: a name in config/models/")
 
     @model_validator(mode="after")
     def _consistent(self) -> MachineConfig:
         if self.rungs[:1] != ["baseline"] or self.rungs != [rung for rung in RUNGS if rung in self.rungs]:
             raise ValueError(f"rungs must begin with baseline, be of these and keep this order: {', '.join(RUNGS)}")
         if self.batch_size % (self.world_size * self.micro_batch_size):
-            raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
-                f" on {self.world_size} ranks"
-            )
+            one_pass = f"micro_batch_size={self.micro_batch_size} on {self.world_size} ranks"
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of {one_pass}")
         try:
             re.compile(self.device)
         except re.error as error:
@@ -239,32 +204,24 @@ class MachineConfig(Settings):
         return self.nodes * self.ranks
 
 
-BRANCH = re.compile(r"str|int|constrained-\w+|(list|dict|literal)\[.*\]")
-
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def config_folder() -> Path:
-    """The folder `config/`: $PICOGPT_CONFIG, or that of the source tree, or the copy inside an installed package.
-
-    Raises UsageError when $PICOGPT_CONFIG is no folder.
-    """
+    """`config/`: $PICOGPT_CONFIG (UsageError if it is no folder), or that of the source tree or the installed package."""
     if chosen := os.environ.get("PICOGPT_CONFIG"):
         if not Path(chosen).is_dir():
             raise UsageError(f"PICOGPT_CONFIG={chosen} is no folder: unset it, or set it to a folder like config/")
         return Path(chosen)
-    package = Path(__file__).resolve().parent
-    installed = package / "_config"
-    return installed if installed.is_dir() else package.parent / "config"
+    installed = Path(__file__).resolve().parent / "_config"
+    return installed if installed.is_dir() else installed.parents[1] / "config"
 
 
 def model_file(name: str | Path, size: str = "cpu") -> str | Path:
     """The settings file that `name` stands for: a path, or the name of a file in `config/models/` such as gpt2_fineweb.
 
-    `size` (cpu or gpu) chooses between the two files of a model that has one for each kind of machine. A model without a
-    file has its own defaults: its name is returned.
-
-    Raises UsageError, with the names that there are, when it is neither.
+    `size` (cpu or gpu) chooses between the files of a model that has two. A model without a file, which has its defaults,
+    stays a name. Raises UsageError, listing the names, when there is none of this name.
     """
     path, folder = Path(name), config_folder() / "models"
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -280,9 +237,7 @@ def model_file(name: str | Path, size: str = "cpu") -> str | Path:
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read the settings of an experiment, a file or the defaults of a model, and apply `overrides`.
-
-    `overrides` are like "train.seed=7", with the value in YAML.
+    """Read an experiment, a file or the defaults of a model, and apply `overrides` like "train.seed=7" (values in YAML).
 
     Raises UsageError naming the file, the key and what is allowed; PicogptError when it cannot be read.
     """
@@ -294,10 +249,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def read_yaml(path: str | Path, stream: IO[str] | None = None) -> dict:
-    """Read a YAML mapping from `path`, or from `stream`, which `path` then names in errors.
-
-    Raises UsageError when it is not one, PicogptError when it cannot be read.
-    """
+    """Read a YAML mapping from `path`, or from `stream`, which `path` then names in errors. Raises like `load_experiment`."""
     try:
         tree = yaml.safe_load(stream or read_text(path))
     except (yaml.YAMLError, ValueError) as error:
@@ -312,19 +264,16 @@ def parse(cls: type[AnySettings], tree: dict, source: str) -> AnySettings:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(cls, tree, detail) for detail in error.errors()]
-        raise UsageError("\n  ".join([f"{source}:", *lines])) from error
+        wrong = [_explain(cls, tree, detail) for detail in error.errors()]
+        raise UsageError("\n  ".join([f"{source}:", *wrong])) from error
 
 
 def describe(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (key, default, description) of every setting of `cls`, nested keys joined with dots."""
+    """Yield (key after `prefix`, default, description) of every setting of `cls`."""
     for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            yield from describe(field.annotation, f"{prefix}{name}.")
-        else:
-            default = "" if field.is_required() else json.dumps(field.default)
-            choices = f" [{'|'.join(get_args(field.annotation))}]" if get_origin(field.annotation) is Literal else ""
-            yield prefix + name, default, (field.description or "") + choices
+        default = "" if field.is_required() else json.dumps(field.default)
+        choices = f" [{'|'.join(get_args(field.annotation))}]" if get_origin(field.annotation) is Literal else ""
+        yield prefix + name, default, (field.description or "") + choices
 
 
 def _override(tree: dict, override: str) -> None:
@@ -340,20 +289,21 @@ def _override(tree: dict, override: str) -> None:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise UsageError(f"--set {override!r}: the value is not YAML") from error
     # Of the two ways to say how long to train, the one given last holds.
-    other = {"steps": "epochs", "epochs": "steps"}.get(last)
-    if parents == ["train"] and other:
-        node.pop(other, None)
+    if key in ("train.steps", "train.epochs"):
+        node.pop("epochs" if last == "steps" else "steps", None)
 
 
-def _explain(cls: type[Settings], tree: dict, detail: Any) -> str:
+def _explain(cls: Any, tree: dict, detail: Any) -> str:
+    """One error of pydantic in a line: the key, the value and what is allowed."""
     # pydantic puts the branch of a union of types into the location. It is no key of the file.
-    path = [str(part) for part in detail["loc"] if not BRANCH.fullmatch(str(part))]
+    branch = re.compile(r"str|int|constrained-\w+|(list|dict|literal)\[.*\]")
+    path = [str(part) for part in detail["loc"] if not branch.fullmatch(str(part))]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        allowed = _allowed_keys(cls, tree, path[:-1])
-        close = difflib.get_close_matches(path[-1], allowed, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        return f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}"
+        for part in path[:-1]:
+            tree = tree[part]
+            cls = resolve_name(MODELS[tree["kind"]].settings) if part == "model" else cls.model_fields[part].annotation
+        return f"{key}: unknown key{did_you_mean(path[-1], cls.model_fields)}; allowed: {', '.join(cls.model_fields)}"
     if detail["type"] == "missing":
         return f"{key}: missing"
     message = detail["msg"].removeprefix("Value error, ")
@@ -362,8 +312,7 @@ def _explain(cls: type[Settings], tree: dict, detail: Any) -> str:
     return f"{key}={json.dumps(detail['input'], default=str)}: {message[0].lower()}{message[1:]}"
 
 
-def _allowed_keys(cls: Any, tree: Any, path: Sequence[str]) -> list[str]:
-    for part in path:
-        tree = tree[part]
-        cls = settings_class(tree["kind"]) if part == "model" else cls.model_fields[part].annotation
-    return list(cls.model_fields)
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that names the most similar of the `known` words, for an error message; empty where none is similar."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -50,27 +50,24 @@ def _texts(config: GPT2Config, vocab_size: int, tokenizer: GPT2Tokenizer) -> dic
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         **config.model_dump(include={"n_layer", "n_head", "n_embd"}),
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
+        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),
         "vocab_size": vocab_size,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        **{f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
-        "bos_token_id": tokenizer.end_of_text,
-        "eos_token_id": tokenizer.end_of_text,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text),
         "torch_dtype": "float32",
     }
     words = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": config.block_size,
         "add_prefix_space": False,
-        **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")},
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     }
-    vocabulary = {_written(token): rank for token, rank in tokenizer.ranks.items()} | {
-        END_OF_TEXT: tokenizer.end_of_text
-    }
+    vocabulary = {_written(token): rank for token, rank in tokenizer.ranks.items()}
+    vocabulary[END_OF_TEXT] = len(tokenizer.ranks)
     return {
         "config.json": json.dumps(model, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(words, indent=2) + "\n",

@@ -15,24 +15,25 @@ from picogpt.errors import PicogptError
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; flush it to disk and rename it on success, delete it on failure.
-
-    `mode` is "wb", or "w" for UTF-8 text with Unix line ends.
 
     Raises PicogptError, naming `path`, when the disk is full or the folder cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=encoding, newline=newline) as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # a rename survives a power cut only once its folder is on disk too
+        finally:
+            os.close(folder)
     except OSError as error:
         raise PicogptError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -53,8 +54,8 @@ def place(source: Path, target: Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
-    with atomic_write(path, "w") as file:
-        file.write(text)
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def read_text(path: str | Path) -> str:
@@ -78,9 +79,7 @@ def sha256_file(path: str | Path) -> str:
 def exclusive_lock(folder: str | Path, what: str, name: str = ".lock") -> Iterator[None]:
     """Lock `folder`, or with another `name` of the lock a part of it, for this process; `what` describes its use in errors.
 
-    The operating system releases the lock of a process that was killed.
-
-    Raises PicogptError when another process holds it.
+    Raises PicogptError when another process holds it. The operating system releases the lock of a process that was killed.
     """
     from filelock import FileLock, Timeout
 
@@ -94,12 +93,3 @@ def exclusive_lock(folder: str | Path, what: str, name: str = ".lock") -> Iterat
         raise PicogptError(f"cannot write in {folder}: {error.strerror or error}") from error
     with held:
         yield
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only once its folder is on disk too.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,30 +5,22 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from picogpt.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device, and the dtype of its matrix products."""
+    """The manufacturer's name of a device, torch's (cpu, cuda:0, mps), and the dtype of matrix products, as torch has it."""
 
     name: str
-    """The manufacturer's name, for records."""
     torch_name: str
-    """cpu, cuda:0, mps."""
     dtype: str
-    """bfloat16 or float32, of the matrix products."""
 
     @property
     def type(self) -> str:
@@ -39,45 +31,39 @@ class Device:
 def size_of_machine() -> str:
     """gpu if there is a usable GPU, else cpu; without an NVIDIA driver it does not load torch."""
     if nvidia_gpus():
-        import torch  # only if there is a GPU, because it takes seconds: it may be a CPU build, or too new for the driver
+        import torch  # may be a build for CPUs, or too new for the driver; takes seconds to load
 
-        return "gpu" if torch.cuda.is_available() else "cpu"
-    return "gpu" if (platform.system() == "Darwin" and platform.machine() == "arm64") else "cpu"
+        usable = torch.cuda.is_available()
+    else:
+        usable = (platform.system(), platform.machine()) == ("Darwin", "arm64")
+    return "gpu" if usable else "cpu"
 
 
 @cache
 def nvidia_gpus() -> tuple[str, ...]:
     """Names of the NVIDIA GPUs that the driver lists and CUDA_VISIBLE_DEVICES shows; empty without a driver."""
-    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if tool is None or visible == "":
-        return ()
-    query = [tool, "--query-gpu=uuid,name", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
     gpus = [line.strip().split(", ", 1) for line in answer.stdout.splitlines() if ", " in line]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return tuple(name for _, name in gpus)
     shown: list[str] = []
     for entry in map(str.strip, visible.split(",")):
-        if entry.startswith("MIG-"):
-            found = ["a slice of an NVIDIA GPU"]
-        elif entry.startswith("GPU-"):
-            found = [name for uuid, name in gpus if uuid.startswith(entry)]
-        else:
-            found = [name for index, (_, name) in enumerate(gpus) if str(index) == entry]
-        if not found:  # like CUDA, ignore everything after the first invalid entry
+        by_uuid = [name for uuid, name in gpus if entry.startswith("GPU-") and uuid.startswith(entry)]
+        by_index = [name for index, (_, name) in enumerate(gpus) if str(index) == entry]
+        slices = ["a slice of an NVIDIA GPU"] if entry.startswith("MIG-") else []
+        if not (found := by_uuid + by_index + slices):  # like CUDA, ignore everything after the first invalid entry
             break
         shown.append(found[0])
     return tuple(shown)
 
 
 def select(device: str = "auto", dtype: str = "auto") -> Device:
-    """Choose the device and the dtype of its matrix products.
-
-    Raises UsageError when a device is asked for that is not here.
-    """
+    """The device, and the dtype of its matrix products. Raises UsageError for a device that is not here."""
     if device != "cpu":  # a CPU is known without torch, which takes seconds to load
         import torch
 
@@ -87,7 +73,7 @@ def select(device: str = "auto", dtype: str = "auto") -> Device:
         raise UsageError(f"there is no device {device!r}: auto, cpu, cuda, cuda:N and mps are understood")
     device_type, _, index = device.partition(":")
     if device_type == "cpu":
-        name, fast = cpu_name(), cpu_multiplies_bfloat16()
+        name, fast = cpu_name(), multiplies_bfloat16("cpu")
     elif device_type == "mps":
         if not torch.backends.mps.is_available():
             raise UsageError("device 'mps' was asked for and is not here; --device cpu works")
@@ -98,9 +84,7 @@ def select(device: str = "auto", dtype: str = "auto") -> Device:
             raise UsageError(f"device {device!r} was asked for and {count} CUDA devices are here; --device cpu works")
         device = f"cuda:{index or 0}"
         name, fast = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device) >= (8, 0)
-    if dtype == "auto":
-        dtype = "bfloat16" if fast else "float32"
-    return Device(name=name, torch_name=device, dtype=dtype)
+    return Device(name, device, ("bfloat16" if fast else "float32") if dtype == "auto" else dtype)
 
 
 # Dense bfloat16 FLOP/s with float32 accumulation, from NVIDIA's data sheets. Exact device names, so that MIG slices do not
@@ -145,8 +129,7 @@ def peak_memory_bytes(device: Device) -> int:
         return torch.cuda.max_memory_allocated(device.torch_name)
     import resource
 
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def gpu_memory_bytes(device: Device) -> int | None:
@@ -197,13 +180,6 @@ def attention(device: Device) -> AbstractContextManager:
     return sdpa_kernel(order, set_priority=True)
 
 
-def torch_dtype(device: Device) -> torch.dtype:
-    """The torch dtype of `device.dtype`."""
-    import torch
-
-    return getattr(torch, device.dtype)
-
-
 def cpu_count() -> int:
     """Cores that this process may use; in a container or a batch job fewer than the machine has."""
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
@@ -225,22 +201,19 @@ def _read(path: str) -> str:
 
 @cache
 def _cpu_info() -> dict[str, str]:
+    """What Linux says about the first core; empty elsewhere."""
     return dict(re.findall(r"(.+?)\s*: ?(.*)", _read("/proc/cpuinfo").split("\n\n")[0]))
 
 
-def cpu_flags() -> frozenset[str]:
-    """Instruction sets of the CPU as Linux lists them; empty elsewhere."""
-    return frozenset(_cpu_info().get("flags", _cpu_info().get("Features", "")).split())
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16; without them float32 is many times faster."""
-    return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
+def cpu_instructions() -> list[str]:
+    """The instruction sets that decide how fast a CPU multiplies matrices, of those that it has; [] without Linux."""
+    flags = _cpu_info().get("flags", _cpu_info().get("Features", "")).split()
+    return sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16"} & set(flags))
 
 
 def multiplies_bfloat16(device_type: str) -> bool:
-    """Whether products of bfloat16 are fast on a device of this type: they are on all but some CPUs."""
-    return device_type != "cpu" or cpu_multiplies_bfloat16()
+    """Whether products of bfloat16 are fast on a device of this type; not on CPUs without instructions for them."""
+    return device_type != "cpu" or bool({"amx_bf16", "avx512_bf16"} & set(cpu_instructions()))
 
 
 def cpu_name() -> str:
@@ -250,11 +223,6 @@ def cpu_name() -> str:
     if re.search(r"\d", name) or not {"cpu family", "model"} <= info.keys():
         return name
     return f"{name} (family {info['cpu family']}, model {info['model']})"
-
-
-def cpu_instructions() -> list[str]:
-    """The instruction sets that decide how fast a CPU multiplies matrices, of those that it has."""
-    return sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16"} & cpu_flags())
 
 
 def memory_bytes() -> int:

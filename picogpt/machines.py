@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import yaml
 
 from picogpt import hardware
-from picogpt.config import RUNGS, MachineConfig, config_folder, parse, read_yaml
+from picogpt.config import MachineConfig, config_folder, did_you_mean, parse, read_yaml
 from picogpt.errors import UsageError
+from picogpt.registry import RUNGS
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -28,12 +28,10 @@ def load(name: str) -> MachineConfig:
     """
     path = Path(name)
     if path.suffix not in SUFFIXES:
-        if name not in names():
-            close = difflib.get_close_matches(name, names(), n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            there = f"{', '.join(names())} are in config/hardware/; picogpt hardware prints a draft for this machine"
-            raise UsageError(f"there is no hardware {name!r}{hint}: {there}")
         path = config_folder() / "hardware" / f"{name}.yaml"
+        if name not in names():
+            there = f"{', '.join(names())} are in config/hardware/; picogpt hardware prints a draft for this machine"
+            raise UsageError(f"there is no hardware {name!r}{did_you_mean(name, names())}: {there}")
     return parse(MachineConfig, read_yaml(path), str(path))
 
 
@@ -53,9 +51,8 @@ def fitting() -> list[str]:
     device_type, devices = here()
 
     def fits(machine: MachineConfig) -> bool:
-        enough = machine.nodes == 1 and machine.ranks <= len(devices)
-        used = devices[: machine.ranks]
-        return enough and machine.kind == device_type and all(re.fullmatch(machine.device, name) for name in used)
+        used = [name for name in devices[: machine.ranks] if re.fullmatch(machine.device, name)]
+        return (machine.kind, machine.nodes, machine.ranks) == (device_type, 1, len(used))
 
     return [name for name in names() if fits(load(name))]
 
@@ -71,19 +68,17 @@ def require(name: str, machine: MachineConfig, device: hardware.Device, world_si
             f"{on_slurm if 'SLURM_JOB_ID' in os.environ else ''}"
         )
     if world_size != machine.world_size:
-        torchrun = f"torchrun --standalone --nproc_per_node={machine.ranks} -m "
-        raise UsageError(
-            f"hardware {name} has {machine.world_size} ranks and {world_size} started: run it by"
-            f" {torchrun if machine.ranks > 1 else ''}picogpt ..."
-            f"{f' on each of {machine.nodes} nodes' if machine.nodes > 1 else ''}"
-        )
+        start = f"torchrun --standalone --nproc_per_node={machine.ranks} -m picogpt" if machine.ranks > 1 else "picogpt"
+        nodes = f" on each of {machine.nodes} nodes" if machine.nodes > 1 else ""
+        started = f"has {machine.world_size} ranks and {world_size} started"
+        raise UsageError(f"hardware {name} {started}: run it by {start} ...{nodes}")
 
 
 def draft() -> str:
     """A draft of a file for this machine, as YAML."""
     device_type, devices = here()
     on_cpu, count = device_type == "cpu", len(devices)
-    left_out = ("tf32", "cuda_graphs", "max_autotune") if on_cpu else ("kept_memory",)
+    left_out = ("TF32", "GPU") if on_cpu else ("CPU",)
     tree = {
         "title": re.sub(r"^NVIDIA (GeForce )?", "", devices[0]),
         "device": re.escape(devices[0]).replace(r"\ ", " ").replace(r"\-", "-"),
@@ -93,7 +88,7 @@ def draft() -> str:
         "micro_batch_size": 2 if on_cpu else 8,
         "warmup_steps": 1 if on_cpu else 5,
         "steps": 5 if on_cpu else 20,
-        "rungs": [rung for rung in RUNGS if rung not in left_out],
+        "rungs": [name for name, rung in RUNGS.items() if rung.needs not in left_out],
     }
     comment = f"# A draft for {count} x {devices[0]}: save it as config/hardware/NAME.yaml, and raise micro_batch_size"
     return f"{comment} as far as the memory allows.\n{yaml.safe_dump(tree, sort_keys=False, width=120)}"

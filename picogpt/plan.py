@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from picogpt import hardware, machines
 from picogpt.config import Settings, load_experiment, model_file, parse, read_yaml
@@ -18,29 +18,21 @@ from picogpt.data.fetch import Answer, endpoint, read_status
 from picogpt.errors import UsageError
 
 RESOURCES = Path("resources")
-CPUS_PER_RANK = 8
-"""CPU cores that a cluster gives to a rank, beside its device."""
 
 Name = Annotated[str, Field(min_length=1)]
 
 
-class Part(Settings):
-    """A part of `config/config.yaml`. Keys that do not affect the plan are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class ModelPart(Part):
+class ModelPart(Settings, extra="ignore"):
     config: Name = "auto"
     set: list[str] = Field([])
 
 
-class LadderPart(Part):
+class LadderPart(Settings, extra="ignore"):
     hardware: Literal["auto"] | list[Name] = "auto"
 
 
-class Configuration(Part):
-    """The keys of `config/config.yaml` that affect the plan; `config/config.schema.yaml` documents them."""
+class Configuration(Settings, extra="ignore"):
+    """The keys of `config/config.yaml` that affect the plan; `config/config.schema.yaml` documents all."""
 
     corpus: Annotated[list[Name], Field(min_length=1)] | Name
     run: str = Field("pipeline", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -72,9 +64,7 @@ class RungPlan(Settings):
     """One rung of a training ladder."""
 
     before: list[str] = Field(description="the rung before it, if there is one")
-    settings: str = Field(
-        description="what determines its record, as JSON: the machine's file, with the rungs up to it"
-    )
+    settings: str = Field(description="what determines its record: the machine's file with the rungs up to it, as JSON")
 
 
 class MachinePlan(Job):
@@ -112,31 +102,28 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     asked = parse(Configuration, tree, source)
     text, corpus = _text(asked.corpus)
     size = hardware.size_of_machine() if asked.size == "auto" else asked.size
-    models, batch_sizes = {}, {}
+    models = {}
     for name in ("char_bigram", "char_transformer", "gpt2"):
         part: ModelPart = getattr(asked, name)
-        file = model_file(name, size) if part.config == "auto" else model_file(part.config)
-        batch_sizes[name] = load_experiment(file, part.set).train.batch_size
-        option = f"--size={size}" if part.config == "auto" else f"--config={part.config}"
+        shipped = part.config == "auto"
+        file = model_file(name, size) if shipped else model_file(part.config)
+        batch_size = load_experiment(file, part.set).train.batch_size
+        option = f"--size={size}" if shipped else f"--config={part.config}"
         models[name] = TrainingPlan(file=[option], settings=_deciding(file))
-    gpu_model = _gpu_model(asked.gpu_model, "default")
-    gpt2 = _job(1, _ranks(asked, size, batch_sizes["gpt2"]), size == "gpu", gpu_model)
+    gpt2 = _job(asked, "default", size == "gpu", _ranks(asked, size, batch_size))  # gpt2 was the last of the loop
     arguments = machines.fitting() if asked.ladder.hardware == "auto" else asked.ladder.hardware
     measured = {machines.name_of(argument): argument for argument in arguments}
-    listed = sorted({*machines.names(), *measured})
-    known = {name: _machine(name, measured.get(name, name), asked.gpu_model) for name in listed}
-    from_hub = ["pretrained"]
-    fineweb = Path("weights/gpt2_tokenizer") / asked.run / "fineweb-edu/manifest.json"
+    known = {name: _machine(asked, name, measured.get(name, name)) for name in sorted({*machines.names(), *measured})}
     long_trainings = [name for name in measured if known[name].training]
-    if long_trainings and not fineweb.exists():
-        from_hub.append("fineweb-edu/0")
+    fineweb = Path("weights/gpt2_tokenizer") / asked.run / "fineweb-edu/manifest.json"
+    from_hub = ["pretrained", *(["fineweb-edu/0"] if long_trainings and not fineweb.exists() else [])]
     resolvable = {"size": asked.size, "gpus": asked.gpus, "ladder: hardware": asked.ladder.hardware}
     return Plan(
         text=text,
         corpus=corpus,
         detected=[key for key, value in resolvable.items() if value == "auto"],
         fast_dtype=_fast_dtype(size),
-        resources=_job(1, 1, size == "gpu", gpu_model).resources,
+        resources=_job(asked, "default", size == "gpu").resources,
         models=models,
         gpt2=gpt2,
         ladder_model=json.dumps(read_yaml(model_file("gpt2"))["model"], sort_keys=True),
@@ -189,10 +176,8 @@ def _ranks(asked: Configuration, size: str, batch_size: int) -> int:
     gpus = len(hardware.nvidia_gpus()) if asked.gpus == "auto" else asked.gpus
     fitting = [ranks for ranks in range(1, min(gpus, batch_size) + 1) if batch_size % ranks == 0]
     if asked.gpus != "auto" and gpus not in fitting:
-        raise UsageError(
-            f"gpus: {gpus} must divide train.batch_size of gpt2, which is {batch_size}:"
-            f" use {', '.join(map(str, fitting))}, or change train.batch_size"
-        )
+        must = f"must divide train.batch_size of gpt2, which is {batch_size}"
+        raise UsageError(f"gpus: {gpus} {must}: use {', '.join(map(str, fitting))}, or change train.batch_size")
     return max(fitting, default=1)
 
 
@@ -203,26 +188,22 @@ def _fast_dtype(size: str) -> str:
     return hardware.select("cpu" if machines.here()[0] == "cpu" else "auto").dtype
 
 
-def _gpu_model(names: str | dict[str, str], machine: str) -> str | None:
-    """What the cluster calls the GPUs of a machine; None where any GPU serves."""
-    return (names.get(machine) if isinstance(names, dict) else names) or None
-
-
-def _job(nodes: int, ranks: int, on_gpu: bool, gpu_model: str | None) -> Job:
+def _job(asked: Configuration, machine: str, on_gpu: bool, ranks: int = 1, nodes: int = 1) -> Job:
     """Each node runs one task, which starts its ranks; on several nodes srun starts the tasks."""
+    gpu_model = asked.gpu_model.get(machine) if isinstance(asked.gpu_model, dict) else asked.gpu_model
     resources = {
         "nodes": nodes,
         "gpu": nodes * ranks if on_gpu else 0,
-        "gpu_model": gpu_model if on_gpu else None,
+        "gpu_model": (gpu_model or None) if on_gpu else None,
         "tasks": nodes if nodes > 1 else None,
         "tasks_per_gpu": 0,  # otherwise the plugin for SLURM would start a task for each GPU
         "mpi": "srun" if nodes > 1 else None,
-        "cpus_per_task": CPUS_PER_RANK * ranks,
+        "cpus_per_task": 8 * ranks,
     }
     return Job(launch=launch(ranks, nodes), ranks=ranks, resources=resources)
 
 
-def _machine(name: str, argument: str, gpu_models: str | dict[str, str]) -> MachinePlan:
+def _machine(asked: Configuration, name: str, argument: str) -> MachinePlan:
     machine = machines.load(argument)
     tree = machine.model_dump(mode="json")
     deciding = {key: value for key, value in tree.items() if key not in ("title", "training")}
@@ -232,7 +213,7 @@ def _machine(name: str, argument: str, gpu_models: str | dict[str, str]) -> Mach
         settings = f"{_deciding(model_file(machine.training))} {batch}"
         training = TrainingPlan(file=[f"--config={machine.training}"], settings=settings)
     return MachinePlan(
-        **dict(_job(machine.nodes, machine.ranks, machine.kind == "cuda", _gpu_model(gpu_models, name))),
+        **dict(_job(asked, name, machine.kind == "cuda", machine.ranks, machine.nodes)),
         argument=argument,
         settings=json.dumps(tree, sort_keys=True),
         ladder={
@@ -252,10 +233,7 @@ def _hub_attempt(names: list[str]) -> int:
     if status is None:
         return 1
     answers = [status.files.get(name, Answer(state="unreachable")) for name in names]
-    settled = all(
-        Path(str(answer.path)).exists()
-        if answer.state == "here"
-        else answer.state == "refused" and status.endpoint == endpoint()
-        for answer in answers
-    )
-    return status.attempt + (not settled)
+    here = [answer.state == "here" and Path(str(answer.path)).exists() for answer in answers]
+    refused = [answer.state == "refused" and status.endpoint == endpoint() for answer in answers]
+    settled = [known or final for known, final in zip(here, refused, strict=True)]
+    return status.attempt + (not all(settled))

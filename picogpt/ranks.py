@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from picogpt.errors import UsageError
 
-REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 class Ranks(NamedTuple):
     """The index of this process among all ranks of a job, and among those on its node."""
@@ -25,18 +23,17 @@ def from_environment() -> Ranks:
 
     Raises UsageError when the variables are incomplete, or hold no numbers.
     """
-    given = {name: os.environ[name] for name in REQUIRED if os.environ.get(name)}
-    if given.get("WORLD_SIZE", "1") == "1":
+    given = {name: value for name, value in os.environ.items() if value}
+    size = given.get("WORLD_SIZE", "1")
+    if size == "1":
         return Ranks()
-    if missing := [name for name in REQUIRED if name not in given]:
-        raise UsageError(
-            f"WORLD_SIZE={given['WORLD_SIZE']} is in the environment without {', '.join(missing)}: start the ranks by"
-            " torchrun, or unset WORLD_SIZE for a single process"
-        )
-    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]:
+        advice = "start the ranks by torchrun, or unset WORLD_SIZE for a single process"
+        raise UsageError(f"WORLD_SIZE={size} is in the environment without {', '.join(missing)}: {advice}")
+    local_rank = given.get("LOCAL_RANK") or given.get("SLURM_LOCALID", "0")
+    local_size = given.get("LOCAL_WORLD_SIZE") or given.get("SLURM_NTASKS_PER_NODE", "1")
     try:
-        ranks = Ranks(*map(int, (given["RANK"], given["WORLD_SIZE"], local_rank, local_size)))
+        ranks = Ranks(*map(int, (given["RANK"], size, local_rank, local_size)))
     except ValueError as error:
         raise UsageError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be integers: {error}") from error
     if not 0 <= ranks.rank < ranks.size:

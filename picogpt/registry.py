@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,46 +26,22 @@ MODELS = {
 }
 
 
-def settings_class(model: str) -> Any:
-    """The class of a model's settings."""
-    return pkgutil.resolve_name(MODELS[model].settings)
-
-
-def network_class(model: str) -> Any:
-    """The class of a model's network; loads torch."""
-    return pkgutil.resolve_name(MODELS[model].network)
-
-
-class Size(NamedTuple):
-    """The shape of a published GPT-2, and the name under which its weights are fetched."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    weights: str
-
-
-GPT2_SIZES = {
-    "124M": Size(12, 12, 768, "pretrained"),
-    "355M": Size(24, 16, 1024, "pretrained-medium"),
-    "774M": Size(36, 20, 1280, "pretrained-large"),
-    "1558M": Size(48, 25, 1600, "pretrained-xl"),
-}
-"""By number of parameters."""
-PRETRAINED = tuple(f"gpt2-{size.weights}" for size in GPT2_SIZES.values())
+GPT2_SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
+"""n_layer, n_head and n_embd of the published GPT-2s, by number of parameters."""
+PRETRAINED = ("gpt2-pretrained", "gpt2-pretrained-medium", "gpt2-pretrained-large", "gpt2-pretrained-xl")
 """OpenAI's models on the command line."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """An optimization of the training ladder."""
+    """An optimization of the training ladder: its label in figures, and what a device must have for it.
+
+    `changes` are fields of `picogpt.train.step.Switches`, which each rung sets in addition to those before it.
+    """
 
     label: str
-    """In figures."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Fields of `picogpt.train.step.Switches`, which each rung sets in addition to those before it."""
     needs: Literal["", "bfloat16", "TF32", "GPU", "CPU"] = ""
-    """What a device must have."""
 
     def missing(self, device: Device) -> str | None:
         """Why `device` cannot run this rung, or None if it can."""

@@ -60,7 +60,7 @@ def climbed(tokens) -> dict[str, dict]:
     """The records of all rungs; without torch.compile, which has a test of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RUNGS, "compile", Rung("", {}))
-        patch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: True)
+        patch.setattr(hardware, "multiplies_bfloat16", lambda device_type: True)
         by_kind = {records.key(record): record for record in (measure(rung, tokens) for rung in MACHINE["rungs"])}
     compare_with_baselines(by_kind)
     return {record["config"]["rung"]: record for record in by_kind.values()}
@@ -104,7 +104,7 @@ def test_a_record_has_every_step_and_what_ran(climbed, tmp_path):
 
 
 def test_a_rung_that_the_device_lacks_is_recorded_as_that(monkeypatch, tokens):
-    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device_type: False)
     record = measure("bf16", tokens)
     assert "no instructions for bfloat16" in record["not_measured"]
     assert record["results"] == {}
@@ -145,7 +145,7 @@ def test_the_rung_of_torch_compile(tokens, works: bool):
 @pytest.mark.slow
 def test_every_layer_is_compiled_also_where_attention_is_not(monkeypatch, tokens):
     """Ten layers: for eight programs of the same lines torch makes no more."""
-    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device_type: True)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         record = measure("best_attention", tokens, n_layer=10)
     assert record["setup"]["compile"] == "default"

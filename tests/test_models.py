@@ -107,7 +107,7 @@ def test_the_closed_form_is_the_loss_of_the_counted_table():
 @pytest.mark.parametrize("shape", [(2, 16, 16), (3, 48, 16), (1, 16, 64)])
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_orthogonalize_brings_every_singular_value_near_one(shape: tuple, has_bfloat16: bool, monkeypatch):
-    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device_type: has_bfloat16)
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     result = orthogonalize(matrices)

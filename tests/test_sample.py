@@ -153,7 +153,7 @@ def test_the_end_of_a_document_ends_the_text():
 @pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_other_dtypes_stay_close_with_instructions_for_them_and_without(monkeypatch, dtype: str, instructions: bool):
-    monkeypatch.setattr("picogpt.hardware.cpu_multiplies_bfloat16", lambda: instructions)
+    monkeypatch.setattr("picogpt.hardware.multiplies_bfloat16", lambda device_type: instructions)
     config = gpt2_config(n_layer=2, n_embd=64, block_size=32)
     expected = models.build(config, 300, seed=1).eval()
     model = prepare(models.build(config, 300, seed=1), "cpu", dtype)

@@ -10,8 +10,9 @@ import gc
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from picogpt.registry import RUNGS
 from picogpt.train.distributed import World
 from picogpt.train.step import BASELINE, GRAPH_MODES, Step, Switches
 
-TRAIN = TrainConfig(seed=1337, steps=1, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1, schedule="constant")
-LISTED_KERNELS = 12
+TRAIN = TrainConfig(seed=1337, steps=1, learning_rate=1e-4, betas=(0.9, 0.95), schedule="constant")
 FUSED = ("flash", "fmha", "cudnn_sdp", "cudnn_generated", "efficient_attention", "blockedattention")
 """Parts of the names of fused attention kernels."""
 UNITS = {
@@ -63,13 +63,8 @@ def measure(
     hardware.prepare(device, world.threads())
     switches = switches_of(machine, rung, device)
     config = config.model_copy(update={"block_size": machine.block_size})
-    train = TRAIN.model_copy(
-        update={
-            "batch_size": machine.batch_size,
-            "dtype": "bfloat16" if switches.bfloat16 else "float32",
-            "weight_decay": TRAIN.weight_decay if switches.fused_optimizer else 0.0,
-        }
-    )
+    dtype, decay = "bfloat16" if switches.bfloat16 else "float32", 0.1 if switches.fused_optimizer else 0.0
+    train = TRAIN.model_copy(update={"batch_size": machine.batch_size, "dtype": dtype, "weight_decay": decay})
     record = {
         **records.provenance(device),
         **records.Key("ladder", "gpt2", name, rung)._asdict(),
@@ -87,51 +82,53 @@ def measure(
     }
     if missing := RUNGS[rung].missing(device):
         return {**record, "not_measured": missing}
-    ladder = _Ladder(machine, rung, config, train, data, device, world)
-    micro_batch, out_of_memory = machine.micro_batch_size, False
+    return record | _largest_that_fits(_Ladder(machine, rung, config, train, data, device, world), switches)
+
+
+def _largest_that_fits(ladder: _Ladder, switches: Switches) -> dict[str, Any]:
+    """What a record says of a rung: the results with the largest micro-batch that fits, or why it was `not_measured`."""
+    machine, ranks, micro_batch = ladder.machine, ladder.world.size, ladder.machine.micro_batch_size
     while True:
-        if switches.compile in GRAPH_MODES and micro_batch * world.size < machine.batch_size:
+        if switches.compile in GRAPH_MODES and micro_batch * ranks < machine.batch_size:
             reason = f"gradients summed over micro-batches of {micro_batch} would lie in memory that a graph uses again"
-            return {**record, "not_measured": reason}
+            return {"not_measured": reason}
         try:
             results = ladder.climb(switches, micro_batch)
-            break
+            smaller = micro_batch < machine.micro_batch_size
+            results |= {"micro_batch_size": micro_batch, "out_of_memory": smaller}
+            return {"setup": asdict(switches), "results": results}
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             if switches.compile and is_compile_error(error):
-                if "compile" in RUNGS[rung].changes:
-                    return {**record, "not_measured": f"torch.compile does not work here: {reason}"}
+                if "compile" in RUNGS[ladder.rung].changes:
+                    return {"not_measured": f"torch.compile does not work here: {reason}"}
                 switches = replace(switches, compile=None)
             elif not is_out_of_memory(error):
                 raise
             elif micro_batch == 1:
-                return {**record, "not_measured": f"out of memory with one sequence: {reason}"}
+                return {"not_measured": f"out of memory with one sequence: {reason}"}
             else:
-                out_of_memory, share = True, machine.batch_size // world.size
+                share = machine.batch_size // ranks
                 micro_batch = max(size for size in range(1, micro_batch) if share % size == 0)
         gc.collect()
-        if device.type == "cuda":
+        if ladder.device.type == "cuda":
             torch.cuda.empty_cache()
-    results |= {"micro_batch_size": micro_batch, "out_of_memory": out_of_memory}
-    return {**record, "setup": asdict(switches), "results": results}
 
 
+@dataclass
 class _Ladder:
     """What stays the same in every attempt at a rung."""
 
-    def __init__(
-        self,
-        machine: MachineConfig,
-        rung: str,
-        config: GPT2Config,
-        train: TrainConfig,
-        data: TokenData,
-        device: hardware.Device,
-        world: World,
-    ):
-        self.machine, self.rung, self.config, self.train = machine, rung, config, train
-        self.data, self.device, self.world = data, device, world
-        self.sampler = Sampler(data.train.ids, machine.block_size, machine.batch_size, train.seed)
+    machine: MachineConfig
+    rung: str
+    config: GPT2Config
+    train: TrainConfig
+    data: TokenData
+    device: hardware.Device
+    world: World
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.data.train.ids, self.machine.block_size, self.machine.batch_size, self.train.seed)
 
     def climb(self, switches: Switches, micro_batch: int) -> dict[str, Any]:
         """Train for the configured steps; returns the results of a record."""
@@ -148,9 +145,7 @@ class _Ladder:
             for number in range(total):
                 took, loss = self._timed(step, number)
                 if not math.isfinite(loss):
-                    raise PicogptError(
-                        f"the loss of rung {self.rung} is {loss} at step {number + 1}: no numbers of it are kept"
-                    )
+                    raise PicogptError(f"the loss of rung {self.rung} is {loss} at step {number + 1}: nothing is kept")
                 seconds.append(took)
                 losses.append(loss)
                 advance(1)
@@ -174,7 +169,7 @@ class _Ladder:
             "losses": losses,
             "final_loss": losses[-1],
             "peak_memory_bytes": peak_memory,
-            "kernels": dict(list(kernels.items())[:LISTED_KERNELS]),
+            "kernels": dict(list(kernels.items())[:12]),
             "attention": next((name for name in kernels if any(part in name.lower() for part in FUSED)), None),
         }
 
@@ -198,8 +193,8 @@ class _Ladder:
             return 0.0
         began, failed = time.perf_counter(), None
         try:
-            tokens = torch.zeros(step.micro_batch_size, self.machine.block_size, dtype=torch.int64)
-            tokens = tokens.to(self.device.torch_name)
+            shape = step.micro_batch_size, self.machine.block_size
+            tokens = torch.zeros(shape, dtype=torch.int64, device=self.device.torch_name)
             step.forward_backward(tokens, tokens)
             step.model.zero_grad(set_to_none=True)
         except Exception as error:
@@ -214,16 +209,13 @@ class _Ladder:
 
 def _kernels(step: Callable[[], object], device: hardware.Device) -> dict[str, float]:
     """The kernels (operators on a CPU) of one more step by time, longest first: name and seconds."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    on_gpu, activity = device.type == "cuda", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]) as profile:
         step()
     events = [event for event in profile.key_averages() if not event.is_user_annotation]
-    if device.type == "cuda":  # operators have the time of their kernels too, which would count twice
+    if on_gpu:  # operators have the time of their kernels too, which would count twice
         events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    spent: dict[str, float] = {}
+    spent: dict[str, float] = defaultdict(float)
     for event in events:  # names of templates go on for pages; those that begin alike are one entry
-        spent[event.key[:120]] = spent.get(event.key[:120], 0.0) + getattr(event, attribute) / 1e6
+        spent[event.key[:120]] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
     return {name: seconds for name, seconds in sorted(spent.items(), key=lambda item: -item[1]) if seconds > 0}

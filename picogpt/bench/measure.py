@@ -22,7 +22,7 @@ from picogpt.train.evaluate import evaluate
 
 
 def quality(
-    kind: str,
+    key: records.Key,
     model: LanguageModel,
     tokenizer: Tokenizer,
     source: str,
@@ -40,12 +40,10 @@ def quality(
     """
     header = data.val.header
     if header.tokenizer_sha256 != tokenizer.sha256:
-        raise PicogptError(
-            f"{data.val.path} holds tokens of another tokenizer ({header.vocab_size:,} of them) than that of {source}"
-            f" ({tokenizer.vocab_size:,}): give the folder of the right ones with --data"
-        )
+        found = f"tokens of another tokenizer ({header.vocab_size:,} of them, not {tokenizer.vocab_size:,})"
+        raise PicogptError(f"{data.val.path} holds {found} than {source}: use another folder of --data")
     where = hardware.select(device, "float32")  # no autocast: the weights have the dtype that is measured
-    provenance = records.provenance(where)
+    record = {**records.provenance(where), **key._asdict()}
     model = prepare(model, device, dtype, decoding=False)
     # A specialized output layer computes all logits of a batch at once, so evaluate one sequence at a time.
     fused = not isinstance(model, GPT2) or isinstance(model.head, TiedHead)
@@ -55,8 +53,7 @@ def quality(
     samples = sample_texts(model, tokenizer, ids, num_tokens, decoding, seed)[0] if prompts else []
     config = {"source": source, "dtype": dtype, "prompts": list(prompts), "num_tokens": num_tokens, "seed": seed}
     return {
-        **provenance,
-        **records.Key("evaluate", kind, dtype=dtype)._asdict(),
+        **record,
         "corpus": data.corpus(),
         "config": {"model": model.config.model_dump(), **config},
         "units": {"val_loss": "nats per token, mean over the whole split"},
@@ -65,7 +62,7 @@ def quality(
 
 
 def speed(
-    kind: str,
+    key: records.Key,
     model: LanguageModel,
     tokenizer: Tokenizer,
     source: str,
@@ -83,7 +80,7 @@ def speed(
     The clock runs from the prompt to the last token; each token is looked at, as a test for a stop does, none is printed.
     """
     selected = hardware.select(device, "float32" if dtype == "float32" else "bfloat16")
-    provenance = records.provenance(selected)
+    record = {**records.provenance(selected), **key._asdict()}
     model = prepare(model, device, dtype)
     ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(selected.torch_name)
 
@@ -108,8 +105,7 @@ def speed(
     rates = [batch_size * num_tokens / whole for _, whole in timed]
     config = {"num_tokens": num_tokens, "runs": runs, "batch_size": batch_size, "prompt": prompt, "seed": seed}
     return {
-        **provenance,
-        **(records.Key("sampling", kind, dtype=dtype) if batch_size == 1 else records.Key("streams", kind))._asdict(),
+        **record,
         "corpus": {},
         "config": {"model": model.config.model_dump(), "source": source, "dtype": dtype, **config},
         "units": {"tokens_per_second": "of all streams together", "first_token_seconds": "s, from prompt to token"},

@@ -9,6 +9,7 @@ from typing import Any
 from picogpt import hardware, records
 from picogpt.data import fetch
 from picogpt.errors import PicogptError, Unreachable
+from picogpt.registry import PRETRAINED
 
 
 def measure(files: Mapping[str, str]) -> dict[str, Any]:
@@ -18,10 +19,9 @@ def measure(files: Mapping[str, str]) -> dict[str, Any]:
     """
     paths, missing = {}, {}
     for name, file in files.items():
-        pretrained = file.removeprefix("gpt2-")
         try:
-            known = pretrained in fetch.pretrained()
-            paths[name] = fetch.fetch_pretrained(pretrained, cached_only=True) if known else Path(file)
+            openai = file in PRETRAINED
+            paths[name] = fetch.fetch_pretrained(file.removeprefix("gpt2-"), cached_only=True) if openai else Path(file)
         except Unreachable:
             missing[f"{name} MB"] = records.HUB_UNREACHABLE
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
 
 import click
 
@@ -53,33 +52,28 @@ for command in (runs.runs, bench.bench, report.report, report.reference, about.h
 
 
 def main() -> None:
-    """Entry point. A user's mistake ends in one message and exit status 2, a failure in one message and 1."""
+    """Entry point. A user's mistake ends in one message and exit status 2, a failure in one message and 1.
+
+    Of several ranks, one prints it. An error that no message explains ends in a traceback.
+    """
     try:
         cli(standalone_mode=False)
     except click.Abort:
         sys.exit(130)
-    except (click.ClickException, PicogptError, OSError, RuntimeError, MemoryError) as error:
-        _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-    """Print the message of an error, on one of several ranks, and exit; errors that no message explains are raised."""
-    if isinstance(error, click.ClickException):
+    except click.ClickException as error:
         if first_to_fail():
             error.show()
         sys.exit(error.exit_code)
-    status, message = 1, str(error)
-    if isinstance(error, PicogptError):
-        status = error.exit_status
-    elif isinstance(error, OSError):
-        message = (f"{error.filename}: " if error.filename else "") + (error.strerror or message)
-    elif is_out_of_memory(error):
-        message = (
-            f"out of memory ({message.strip().partition(chr(10))[0][:160]}): process fewer sequences at once"
-            " (train.micro_batch_size, --num-samples, --batch-size) or use a smaller model"
-        )
-    else:
-        raise error
-    if first_to_fail():
-        print(f"picogpt: {message}", file=sys.stderr)
-    sys.exit(status)
+    except (PicogptError, OSError, RuntimeError, MemoryError) as error:
+        message, explained = str(error), isinstance(error, PicogptError)
+        if isinstance(error, OSError):
+            message = (f"{error.filename}: " if error.filename else "") + (error.strerror or message)
+        elif is_out_of_memory(error) and not explained:
+            cause = message.strip().partition("\n")[0][:160]
+            options = "train.micro_batch_size, --num-samples, --batch-size"
+            message = f"out of memory ({cause}): process fewer sequences at once ({options}) or use a smaller model"
+        elif not explained:
+            raise
+        if first_to_fail():
+            print(f"picogpt: {message}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", 1))

@@ -11,9 +11,7 @@ import click
 @click.argument("files", nargs=-1)
 @click.option("--draft", is_flag=True, help="Print a draft of config/hardware/NAME.yaml for this machine.")
 def hardware(files: tuple[str, ...], draft: bool) -> None:
-    """Show this machine: device, fastest dtype, cores and memory, and which files of config/hardware/ fit it.
-
-    If none fits, print a draft of one. FILES of your own are checked.
+    """Show this machine, and which files of config/hardware/ fit it, or a draft of one. FILES of your own are checked.
 
     \b
       picogpt hardware
@@ -49,10 +47,6 @@ def plan(configuration: str) -> None:
 
     The plan names the text, the settings of each model, the machines of config/hardware/ that are measured here, and the
     resources that a job on each of them needs. CONFIGURATION is a file like config/config.yaml, or - for standard input.
-
-    \b
-      picogpt plan
-      picogpt plan mine.yaml
     """
     from picogpt import plan as planning
     from picogpt.config import read_yaml

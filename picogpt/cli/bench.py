@@ -8,19 +8,9 @@ from typing import Any
 
 import click
 
-from picogpt.cli.common import (
-    KINDS,
-    PRETRAINED,
-    load_model,
-    model_options,
-    optional_option,
-    record_if_unavailable,
-    require_fitting,
-    token_folder,
-)
+from picogpt.cli import common
+from picogpt.cli.common import PRETRAINED, record_option
 from picogpt.errors import UsageError
-
-record_option = click.option("--out", type=click.Path(path_type=Path), help="File for the record.")
 
 
 @click.group()
@@ -29,13 +19,12 @@ def bench() -> None:
 
 
 @bench.command("sample")
-@click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
-@model_options
+@common.model_options
 @click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens per run and stream.")
 @click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs, after a short warm-up run.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Streams sampled together.")
 @record_option
-@optional_option
+@common.optional_option
 def sample(
     kind: str, ckpt: Path | None, tokenizer_dir: Path | None, out: Path | None, optional: bool, **measured: Any
 ) -> None:
@@ -49,13 +38,12 @@ def sample(
 
     dtype, streams = measured["dtype"], measured["batch_size"] > 1
     key = records.Key("streams", kind) if streams else records.Key("sampling", kind, dtype=dtype)
-    with record_if_unavailable(key, out if optional else None):
-        model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
+    model, tokenizer, source = common.load_or_record(key, out, optional, ckpt, tokenizer_dir)
     from picogpt.bench import measure
     from picogpt.stream import first_prompt
 
     prompt = first_prompt(tokenizer, kind in PRETRAINED)
-    record = measure.speed(kind, model, tokenizer, source, prompt=prompt, **measured)
+    record = measure.speed(key, model, tokenizer, source, prompt=prompt, **measured)
     if out:
         records.write(out, record)
     results = record["results"]
@@ -66,11 +54,9 @@ def sample(
 @bench.command("train")
 @click.option("--hardware", "name", required=True, help="Machine of config/hardware/, or a YAML file of your own.")
 @click.option("--rung", required=True, help="Last optimization to include: baseline, tf32, bf16, compile, flash, ...")
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Folder of GPT-2 tokens. [default: the newest in weights/]"
-)
+@common.data_option
 @click.option("--config", help="YAML file with the model, or a name in config/models/. [default: GPT-2 124M]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of it; repeatable.")
+@common.set_option
 @record_option
 def train(
     name: str, rung: str, data: Path | None, config: str | None, overrides: tuple[str, ...], out: Path | None
@@ -100,8 +86,8 @@ def train(
     from picogpt.data.corpus import open_data
     from picogpt.train.distributed import init_distributed
 
-    tokens = open_data(data or token_folder("gpt2"))
-    require_fitting("gpt2", tokens)
+    tokens = open_data(data or common.token_folder("gpt2"))
+    common.require_fitting("gpt2", tokens)
     with init_distributed(machine.kind) as world:
         record = ladder.measure(machines.name_of(name), machine, rung, experiment.model, tokens, world)
     if not world.is_main:
@@ -110,8 +96,7 @@ def train(
         records.write(out, record)
     results = record["results"]
     if not results:
-        click.echo(f"{name} {rung}: not measured here: {record['not_measured']}")
-        return
+        return click.echo(f"{name} {rung}: not measured here: {record['not_measured']}")
     smaller = f"; micro-batches of {results['micro_batch_size']}, because larger ones ran out of memory"
     click.echo(
         f"{name} {rung}: {results['tokens_per_second']:,.0f} tokens/s, median step {results['median']:.4g} s"
@@ -133,12 +118,9 @@ def weights(files: tuple[str, ...], out: Path | None) -> None:
     from picogpt import records
     from picogpt.bench import weights as bench_weights
 
-    named = {}
-    for pair in files:
-        name, equals, named[name] = pair.partition("=")
-        if not equals:
-            raise UsageError(f"{pair!r} is not of the form NAME=FILE")
-    record = bench_weights.measure(named)
+    if wrong := [pair for pair in files if "=" not in pair]:
+        raise UsageError(f"{wrong[0]!r} is not of the form NAME=FILE")
+    record = bench_weights.measure(dict(pair.split("=", 1) for pair in files))
     if out:
         records.write(out, record)
     for name, reason in record["missing"].items():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +18,10 @@ if TYPE_CHECKING:
     from picogpt.models.language_model import LanguageModel
     from picogpt.records import Key
 
+    Loaded = tuple[LanguageModel, Tokenizer, str]
+
 KINDS = tuple(MODELS)
+PATH = click.Path(path_type=Path)
 WEIGHTS = Path("weights")
 RESOURCES = Path("resources")
 RUN_PATTERN = "Name of the run's folder. [default: the time, as in 20260210_183518]"
@@ -28,33 +30,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def model_options(function: Function) -> Function:
-    """The options by which a trained model and its tokenizer are named."""
+    """The argument and the options by which a trained model and its tokenizer are named."""
+    dtypes = click.Choice(["float32", "bfloat16", "int8"])
     options = (
-        click.option(
-            "--ckpt", type=click.Path(path_type=Path), help="Checkpoint, a best.pt. [default: that of the newest run]"
-        ),
-        click.option(
-            "--tokenizer-dir",
-            type=click.Path(path_type=Path),
-            help="Folder of the tokenizer. [default: the one the checkpoint was trained with]",
-        ),
+        click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED])),
+        click.option("--ckpt", type=PATH, help="Checkpoint, a best.pt. [default: that of the newest run]"),
+        click.option("--tokenizer-dir", type=PATH, help="Its tokenizer. [default: the one it was trained with]"),
         click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps."),
-        click.option(
-            "--dtype",
-            type=click.Choice(["float32", "bfloat16", "int8"]),
-            default="float32",
-            help="Of the weights; int8 (8-bit weights with a scale per row) is for GPT-2 only.",
-        ),
+        click.option("--dtype", type=dtypes, default="float32", help="Of the weights; int8 is for GPT-2 only."),
     )
     for option in reversed(options):
         function = option(function)
     return function
 
 
+data_option = click.option("--data", type=PATH, help="Folder of token files. [default: the newest in weights/]")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable."
+)
+record_option = click.option("--out", type=PATH, help="File for a record of the result.")
 optional_option = click.option(
-    "--optional",
-    is_flag=True,
-    help="Do not download OpenAI's weights: where they are not in the cache, write a record that says so.",
+    "--optional", is_flag=True, help="Do not download OpenAI's weights: if they are not in the cache, record that."
 )
 
 
@@ -63,19 +59,11 @@ def now() -> str:
     return datetime.now().strftime("%Y%m%d_%H%M%S")
 
 
-def size_of(size: str) -> str:
-    """cpu or gpu, where `size` is auto."""
-    from picogpt.hardware import size_of_machine
-
-    return size_of_machine() if size == "auto" else size
-
-
 def newest(pattern: str, hint: str) -> Path:
     """The newest file of `pattern` in weights/. Raises UsageError with a hint when there is none."""
-    files = sorted(WEIGHTS.glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise UsageError(f"no {WEIGHTS / pattern} is here: {hint}")
-    return files[-1]
+    if files := list(WEIGHTS.glob(pattern)):
+        return max(files, key=lambda path: path.stat().st_mtime)
+    raise UsageError(f"no {WEIGHTS / pattern} is here: {hint}")
 
 
 def token_folder(kind: str) -> Path:
@@ -97,7 +85,7 @@ def require_fitting(kind: str, data: TokenData) -> None:
 
 def load_model(
     kind: str, ckpt: Path | None, tokenizer_dir: Path | None, untrained: bool = False, cached_only: bool = False
-) -> tuple[LanguageModel, Tokenizer, str]:
+) -> Loaded:
     """A trained model, its tokenizer, and where the weights come from; with `cached_only` no hub is asked for them."""
     pretrained_name = kind.removeprefix("gpt2-") if kind in PRETRAINED else None
     if tokenizer_dir and (pretrained_name or MODELS[kind].tokenizer == "gpt2"):
@@ -121,13 +109,12 @@ def load_model(
     return weights.model(untrained), weights.tokenizer(tokenizer_dir), str(weights.path)
 
 
-@contextmanager
-def record_if_unavailable(key: Key, out: Path | None) -> Iterator[None]:
-    """Where the hub cannot be reached: end well, with a record in `out` that says so; without `out`, fail."""
+def load_or_record(key: Key, out: Path | None, optional: bool, ckpt: Path | None, tokenizer_dir: Path | None) -> Loaded:
+    """`load_model` for the measurement `key`. With `optional` and without OpenAI's weights, end well and record that."""
     try:
-        yield
+        return load_model(str(key.model), ckpt, tokenizer_dir, cached_only=optional)
     except Unreachable as error:
-        if out is None:
+        if out is None or not optional:
             raise
         from picogpt import records
 

@@ -9,21 +9,13 @@ from typing import Any
 
 import click
 
-from picogpt.cli.common import (
-    KINDS,
-    PRETRAINED,
-    load_model,
-    model_options,
-    optional_option,
-    record_if_unavailable,
-    token_folder,
-)
+from picogpt.cli import common
+from picogpt.cli.common import PATH, PRETRAINED, load_model
 from picogpt.errors import PicogptError, UsageError
 
 
 @click.command()
-@click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
-@model_options
+@common.model_options
 @click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens to sample.")
 @click.option(
     "--prompt",
@@ -31,7 +23,7 @@ from picogpt.errors import PicogptError, UsageError
     multiple=True,
     help="Text to continue; repeatable. [default: a line break; for OpenAI's models <|endoftext|>]",
 )
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="UTF-8 file with the text to continue.")
+@click.option("--prompt-file", type=PATH, help="UTF-8 file with the text to continue.")
 @click.option("--truncate", is_flag=True, help="If a prompt is longer than the context, use only its end.")
 @click.option("--temperature", type=float, default=1.0, help="Divides the logits: higher is more random, 0 is greedy.")
 @click.option("--top-k", type=int, help="Sample from the k most likely tokens only.")
@@ -40,33 +32,12 @@ from picogpt.errors import PicogptError, UsageError
 @click.option("--num-samples", type=click.IntRange(1), default=1, help="Samples for each prompt, in one batch.")
 @click.option("--stop", "stops", multiple=True, help="Stop before this string; repeatable.")
 @click.option("--ignore-end", is_flag=True, help="Continue after <|endoftext|>, which otherwise ends a sample.")
-@click.option(
-    "--stream/--no-stream", default=None, help="Print tokens as they come. [default: on a terminal, for one sample]"
-)
-@click.option(
-    "--cache/--no-cache", "cached", default=True, help="Use a KV cache: faster, and in float32 the same text."
-)
+@click.option("--stream/--no-stream", default=None, help="Print tokens as they come. [default: on a terminal, for one]")
+@click.option("--cache/--no-cache", "cached", default=True, help="Use a KV cache: faster; in float32 the same text.")
 @click.option("--untrained", is_flag=True, help="Sample from the initial weights of the training.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the text to this file instead of the terminal.")
+@click.option("--out", type=PATH, help="Write the text to this file instead of the terminal.")
 def sample(
-    kind: str,
-    ckpt: Path | None,
-    tokenizer_dir: Path | None,
-    untrained: bool,
-    device: str,
-    dtype: str,
-    prompts: tuple[str, ...],
-    prompt_file: Path | None,
-    truncate: bool,
-    num_samples: int,
-    num_tokens: int,
-    ignore_end: bool,
-    stream: bool | None,
-    out: Path | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    **sampled: Any,
+    kind: str, prompts: tuple[str, ...], prompt_file: Path | None, stream: bool | None, out: Path | None, **options: Any
 ) -> None:
     """Sample text from a trained model, or from OpenAI's GPT-2, which is downloaded at first use.
 
@@ -82,31 +53,23 @@ def sample(
     from picogpt import stream as streaming
     from picogpt.files import read_text, write_text
 
-    decoding = sampling.Decoding(temperature, top_k, top_p)
-    model, tokenizer, _ = load_model(kind, ckpt, tokenizer_dir, untrained)
+    decoding = sampling.Decoding(options["temperature"], options["top_k"], options["top_p"])
+    model, tokenizer, _ = load_model(kind, options["ckpt"], options["tokenizer_dir"], options["untrained"])
     given = [read_text(prompt_file)] if prompt_file else list(prompts)
     texts = given or [streaming.first_prompt(tokenizer, kind in PRETRAINED)]
-    texts = [text for text in texts for _ in range(num_samples)]
-    ids = [streaming.read_prompt(tokenizer, text, model.config.block_size, truncate) for text in texts]
+    texts = [text for text in texts for _ in range(options["num_samples"])]
+    ids = [streaming.read_prompt(tokenizer, text, model.config.block_size, options["truncate"]) for text in texts]
     if stream is None:
         stream = out is None and len(texts) == 1 and sys.stdout.isatty()
     elif stream and (len(texts) > 1 or out):
-        unwanted = "leave out --num-samples, a second --prompt and --out"
-        raise UsageError(f"--stream prints one text to the terminal: {unwanted}")
+        raise UsageError("--stream prints one text: leave out --num-samples, a second --prompt and --out")
     echo = functools.partial(click.echo, nl=False)
     if stream and given:
         echo(texts[0])
-    model = sampling.prepare(model, device, dtype)
-    samples, seconds = streaming.sample_texts(
-        model,
-        tokenizer,
-        ids,
-        num_tokens,
-        decoding,
-        at_end_of_text=not ignore_end,
-        on_text=echo if stream else None,
-        **sampled,
-    )
+    model = sampling.prepare(model, options["device"], options["dtype"])
+    sampled = {name: options[name] for name in ("seed", "stops", "cached")}
+    sampled |= {"at_end_of_text": not options["ignore_end"], "on_text": echo if stream else None}
+    samples, seconds = streaming.sample_texts(model, tokenizer, ids, options["num_tokens"], decoding, **sampled)
     whole = "\n---\n".join((text if given else "") + made.text for text, made in zip(texts, samples, strict=True))
     if out:
         write_text(out, whole)
@@ -117,22 +80,15 @@ def sample(
 
 
 @click.command()
-@click.argument("kind", type=click.Choice([*KINDS, *PRETRAINED]))
-@model_options
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of token files. [default: newest in weights/]")
+@common.model_options
+@common.data_option
 @click.option("--prompt", "prompts", multiple=True, help="Also continue this prompt; repeatable.")
 @click.option("-n", "--num-tokens", type=click.IntRange(1), default=100, help="Tokens of each continuation.")
 @click.option("--seed", type=int, default=1337, help="Seed of the continuations.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write a record of the result.")
-@optional_option
+@common.record_option
+@common.optional_option
 def evaluate(
-    kind: str,
-    ckpt: Path | None,
-    tokenizer_dir: Path | None,
-    data: Path | None,
-    out: Path | None,
-    optional: bool,
-    **measured: Any,
+    kind: str, ckpt: Path | None, tokenizer_dir: Path | None, data: Path | None, out: Path | None, **measured: Any
 ) -> None:
     """Measure the loss of a model on the whole validation text, with the weights in the dtype of sampling.
 
@@ -144,24 +100,24 @@ def evaluate(
     from picogpt import records
     from picogpt.data.corpus import open_data
 
-    dtype = measured["dtype"]
-    token_data = open_data(data or token_folder("gpt2" if kind in PRETRAINED else kind))
-    with record_if_unavailable(records.Key("evaluate", kind, dtype=dtype), out if optional else None):
-        model, tokenizer, source = load_model(kind, ckpt, tokenizer_dir, cached_only=optional)
+    key = records.Key("evaluate", kind, dtype=measured["dtype"])
+    token_data = open_data(data or common.token_folder("gpt2" if kind in PRETRAINED else kind))
+    optional = measured.pop("optional")
+    model, tokenizer, source = common.load_or_record(key, out, optional, ckpt, tokenizer_dir)
     from picogpt.bench import measure
 
-    record = measure.quality(kind, model, tokenizer, source, token_data, **measured)
+    record = measure.quality(key, model, tokenizer, source, token_data, **measured)
     if out:
         records.write(out, record)
-    click.echo(f"{source}, {dtype}: validation loss {record['results']['val_loss']:.6f} nats per token")
+    click.echo(f"{source}, {key.dtype}: validation loss {record['results']['val_loss']:.6f} nats per token")
     for prompt, text in zip(record["config"]["prompts"], record["results"]["texts"], strict=True):
         click.echo(f"---\n{prompt}{text}")
 
 
 @click.command()
 @click.argument("kind", type=click.Choice(["gpt2"]))
-@click.option("--ckpt", type=click.Path(path_type=Path), help="A best.pt. [default: of the newest run]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist yet.")
+@click.option("--ckpt", type=PATH, help="A best.pt. [default: of the newest run]")
+@click.option("--out", type=PATH, required=True, help="Folder to write; it must not exist yet.")
 def export(kind: str, ckpt: Path | None, out: Path) -> None:
     """Write a trained GPT-2 as a Hugging Face folder: safetensors, config, tokenizer.
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from picogpt.cli.common import RUN_PATTERN, WEIGHTS, now, require_fitting, size_of, token_folder
+from picogpt.cli import common
+from picogpt.cli.common import KINDS, PATH, WEIGHTS
 from picogpt.errors import Interrupted, UsageError
 from picogpt.files import read_text, write_text
 from picogpt.ranks import launcher
-from picogpt.registry import MODELS, settings_class
+from picogpt.registry import MODELS
 
-BATCH = ("train.batch_size", "train.micro_batch_size", "model.block_size")
-"""Settings that a machine of config/hardware/ brings."""
+if TYPE_CHECKING:
+    from picogpt.config import MachineConfig
+
 SHORT = {"seed": "train.seed", "steps": "train.steps", "init": "train.init", "device": "runtime.device"}
 """Settings with an option of their own."""
 
@@ -28,56 +32,35 @@ class TrainCommand(click.Command):
         from picogpt.config import RuntimeConfig, TrainConfig, describe
 
         formatter.write_paragraph()
-        formatter.write_text(
-            "Settings of the YAML file, for --set, with their defaults (the files in config/models/ set others):"
-        )
-        sections = {f"model of {name}": ("model", settings_class(name)) for name in MODELS}
+        formatter.write_text("Settings for --set, with their defaults (the files in config/models/ set others):")
+        sections = {f"model of {name}": ("model", resolve_name(model.settings)) for name, model in MODELS.items()}
         sections["train: everything that changes the result"] = ("train", TrainConfig)
         sections["runtime: device, speed and logging"] = ("runtime", RuntimeConfig)
         for title, (prefix, cls) in sections.items():
-            rows = [
-                (f"{key}{f'={default}' if default not in ('', 'null') else ''}", text)
-                for key, default, text in describe(cls, f"{prefix}.")
-                if key != "model.kind"
-            ]
+            settings = [row for row in describe(cls, f"{prefix}.") if row[0] != "model.kind"]
+            rows = [(key if default in ("", "null") else f"{key}={default}", text) for key, default, text in settings]
             with formatter.section(title):
                 formatter.write_dl(rows, col_max=44)
 
 
 @click.command(cls=TrainCommand)
-@click.argument("kind", type=click.Choice(list(MODELS)))
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of token files. [default: newest in weights/]")
-@click.option("--run", help=f"{RUN_PATTERN} An interrupted run continues under its name.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Folder of the run, in place of weights/KIND/RUN/.")
+@click.argument("kind", type=click.Choice(KINDS))
+@common.data_option
+@click.option("--run", help=f"{common.RUN_PATTERN} An interrupted run continues under its name.")
+@click.option("--folder", type=PATH, help="Folder of the run, in place of weights/KIND/RUN/.")
 @click.option("--config", help="YAML file of settings, or a name in config/models/. [default: of the model]")
 @click.option(
-    "--size",
-    type=click.Choice(["auto", "cpu", "gpu"]),
-    default="auto",
-    help="Shipped settings for a CPU or for a GPU; auto looks at this machine.",
+    "--size", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="Shipped settings for a CPU or for a GPU."
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
+@common.set_option
 @click.option("--seed", type=int, help="Short for --set train.seed=N.")
 @click.option("--steps", type=int, help="Short for --set train.steps=N.")
-@click.option(
-    "--init",
-    type=click.Choice(["scratch", "pretrained"]),
-    help="Short for --set train.init=: start gpt2 from random or from OpenAI's weights.",
-)
+@click.option("--init", type=click.Choice(["scratch", "pretrained"]), help="Short for --set train.init=.")
 @click.option("--device", help="Short for --set runtime.device=: auto, cpu, cuda, cuda:N or mps.")
 @click.option("--hardware", help="Machine of config/hardware/: use its batch, and refuse to run on any other device.")
 @click.option("--replace", is_flag=True, help="Start over if the folder holds a run with other settings or data.")
 def train(
-    kind: str,
-    data: Path | None,
-    run: str | None,
-    folder: Path | None,
-    config: str | None,
-    size: str,
-    overrides: tuple[str, ...],
-    hardware: str | None,
-    replace: bool,
-    **short: Any,
+    kind: str, data: Path | None, run: str | None, folder: Path | None, hardware: str | None, **options: Any
 ) -> None:
     """Train a model. Results go to weights/KIND/RUN/: best.pt, metrics.jsonl, record.json (gpt2: RUN/CORPUS/).
 
@@ -93,26 +76,23 @@ def train(
     """
     if run and folder:
         raise UsageError("give --run or --folder, not both")
+    from picogpt import machines
     from picogpt.config import load_experiment, model_file
     from picogpt.data.corpus import open_data
+    from picogpt.hardware import size_of_machine
     from picogpt.train.distributed import init_distributed
 
-    overrides += tuple(f"{SHORT[name]}={value}" for name, value in short.items() if value is not None)
-    machine = None
-    if hardware:
-        from picogpt import machines
-
-        machine = machines.load(hardware)
-        batch = {key: getattr(machine, key.split(".")[1]) for key in BATCH}
-        for override in overrides:
-            if override.partition("=")[0] in batch:
-                raise UsageError(f"--set {override}: the file of --hardware {hardware} sets that; use one of them")
-        overrides += tuple(f"{key}={value}" for key, value in batch.items())
-    experiment = load_experiment(model_file(config or kind, size_of(size)), overrides)
+    overrides = [*options["overrides"]]
+    overrides += [f"{key}={options[name]}" for name, key in SHORT.items() if options[name] is not None]
+    machine = machines.load(hardware) if hardware else None
+    if machine:
+        overrides += _batch(machine, overrides)
+    size = size_of_machine() if options["size"] == "auto" else options["size"]
+    experiment = load_experiment(model_file(options["config"] or kind, size), overrides)
     if experiment.model.kind != kind:
-        raise UsageError(f"{config} describes a {experiment.model.kind}, not a {kind}")
-    token_data = open_data(data or token_folder(kind))
-    require_fitting(kind, token_data)
+        raise UsageError(f"{options['config']} describes a {experiment.model.kind}, not a {kind}")
+    token_data = open_data(data or common.token_folder(kind))
+    common.require_fitting(kind, token_data)
 
     from picogpt.train.loop import Trainer
 
@@ -122,7 +102,7 @@ def train(
         if hardware and machine:
             machines.require(hardware, machine, trainer.device, world.size)
         try:
-            record = trainer.run(replace)
+            record = trainer.run(options["replace"])
         except Interrupted as stop:
             again = "" if run or folder else f" with --run {target.relative_to(WEIGHTS).parts[1]}"
             raise Interrupted(stop.exit_status - 128, f"{stop}: the same command{again} continues from there") from None
@@ -139,21 +119,31 @@ def train(
     )
 
 
+def _batch(machine: MachineConfig, overrides: Sequence[str]) -> list[str]:
+    """The settings that a machine of config/hardware/ brings. Raises UsageError where `overrides` has one of them."""
+    batch = {
+        "train.batch_size": machine.batch_size,
+        "train.micro_batch_size": machine.micro_batch_size,
+        "model.block_size": machine.block_size,
+    }
+    if twice := [override for override in overrides if override.partition("=")[0] in batch]:
+        raise UsageError(f"--set {twice[0]}: the file of --hardware sets that; use one of them")
+    return [f"{key}={value}" for key, value in batch.items()]
+
+
 def _folder(kind: str, run: str | None, corpus: str) -> Path:
     """weights/KIND/RUN, for gpt2 with a folder for the corpus; after a restart by torchrun, that of the run that broke."""
-    parent = WEIGHTS / kind.replace("-", "_")
-    last = Path(re.sub(r"[^A-Za-z0-9._-]+", "_", corpus).strip(".") or "corpus") if kind == "gpt2" else Path()
     note = _note(kind)
     if run is None and note:  # torchrun may start the ranks again: they must find what they began
         if not note.exists():
-            write_text(note, now())
+            write_text(note, common.now())
         run = read_text(note)
-    return parent / (run or now()) / last
+    folder = WEIGHTS / kind.replace("-", "_") / (run or common.now())
+    return folder / (re.sub(r"[^A-Za-z0-9._-]+", "_", corpus).strip(".") or "corpus") if kind == "gpt2" else folder
 
 
 def _note(kind: str) -> Path | None:
     """Where the ranks of one torchrun note the name of their run; None without torchrun."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
-    if job is None:
-        return None
-    return WEIGHTS / kind.replace("-", "_") / f".{launcher() if job == 'none' else job}"
+    job = launcher() if job == "none" else job
+    return WEIGHTS / kind.replace("-", "_") / f".{job}" if job else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 
-from picogpt import registry
 from picogpt.config import Experiment, ModelConfig
 from picogpt.data.tokenizers import Tokenizer
 from picogpt.models.language_model import LanguageModel
+from picogpt.registry import MODELS
 
 
 def build(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
@@ -18,7 +19,7 @@ def build(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = registry.network_class(config.kind)(config, vocab_size)
+        model = resolve_name(MODELS[config.kind].network)(config, vocab_size)
     kernels.use(model)
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from picogpt.data.sampler import Ids, sequential
-from picogpt.hardware import Device, torch_dtype
+from picogpt.hardware import Device
 from picogpt.models.language_model import LanguageModel
 from picogpt.train.distributed import World
 
@@ -14,7 +14,7 @@ TOKENS_AT_ONCE = 1 << 13
 
 def autocast(device: Device) -> torch.autocast:
     """Autocast of matrix products to the device's dtype; everything else is float32."""
-    dtype = torch_dtype(device)
+    dtype = getattr(torch, device.dtype)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
