@@ -43,7 +43,7 @@ def name_for(config: ModelConfig, vocab_size: int) -> str:
     for name, asset in fetch.pretrained().items():
         if asset.config() == config.model_copy(update={"dropout": 0.0}) and vocab_size == VOCAB_SIZE:
             return name
-    sizes = "; ".join(f"{name}: {size.n_layer}, {size.n_head}, {size.n_embd}" for name, size in GPT2_SIZES.items())
+    sizes = "; ".join(f"{name}: {layers}, {heads}, {width}" for name, (layers, heads, width) in GPT2_SIZES.items())
     raise UsageError(
         f"no pretrained weights fit n_layer={config.n_layer}, n_head={config.n_head}, n_embd={config.n_embd},"
         f" block_size={config.block_size} with {vocab_size:,} tokens; there are, with 1,024 and 50,257: {sizes}"
