@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import IO, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from picogpt.errors import UsageError
 from picogpt.files import read_text
-from picogpt.registry import GPT2_SIZES, MODELS, RUNGS
+from picogpt.registry import GPT2_SIZES, MODELS, RUNGS, settings_class
 
 
 class Settings(BaseModel):
@@ -160,7 +159,7 @@ class Experiment(Settings):
             return check(value)
         if value["kind"] not in MODELS:
             raise ValueError(f"there is no kind {value['kind']!r}: there are {', '.join(MODELS)}")
-        return resolve_name(MODELS[value["kind"]].settings).model_validate(value)
+        return settings_class(value["kind"]).model_validate(value)
 
     def fingerprint(self, vocab_size: int, data_sha256: str) -> str:
         """Hash of all that decides the learned weights: model, training, data; not of `runtime`."""
@@ -302,7 +301,7 @@ def _explain(cls: Any, tree: dict, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         for part in path[:-1]:
             tree = tree[part]
-            cls = resolve_name(MODELS[tree["kind"]].settings) if part == "model" else cls.model_fields[part].annotation
+            cls = settings_class(tree["kind"]) if part == "model" else cls.model_fields[part].annotation
         return f"{key}: unknown key{did_you_mean(path[-1], cls.model_fields)}; allowed: {', '.join(cls.model_fields)}"
     if detail["type"] == "missing":
         return f"{key}: missing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ MODELS = {
     ),
     "gpt2": Model("picogpt.config:GPT2Config", "picogpt.models.gpt2:GPT2", "gpt2"),
 }
+
+
+def settings_class(model: str) -> Any:
+    """The class of a model's settings."""
+    return resolve_name(MODELS[model].settings)
 
 
 GPT2_SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}

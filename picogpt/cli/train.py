@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +15,7 @@ from picogpt.cli.common import KINDS, PATH, WEIGHTS
 from picogpt.errors import Interrupted, UsageError
 from picogpt.files import read_text, write_text
 from picogpt.ranks import launcher
-from picogpt.registry import MODELS
+from picogpt.registry import MODELS, settings_class
 
 if TYPE_CHECKING:
     from picogpt.config import MachineConfig
@@ -33,7 +32,7 @@ class TrainCommand(click.Command):
 
         formatter.write_paragraph()
         formatter.write_text("Settings for --set, with their defaults (the files in config/models/ set others):")
-        sections = {f"model of {name}": ("model", resolve_name(model.settings)) for name, model in MODELS.items()}
+        sections = {f"model of {name}": ("model", settings_class(name)) for name in MODELS}
         sections["train: everything that changes the result"] = ("train", TrainConfig)
         sections["runtime: device, speed and logging"] = ("runtime", RuntimeConfig)
         for title, (prefix, cls) in sections.items():
