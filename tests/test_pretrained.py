@@ -25,7 +25,7 @@ from picogpt.export import export_folder
 from picogpt.models import pretrained
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.pretrained import TRANSPOSED, load_safetensors
-from picogpt.registry import GPT2_SIZES, Size
+from picogpt.registry import GPT2_SIZES
 from picogpt.sample import Decoding, generate
 
 CONFIG = GPT2Config(kind="gpt2", n_layer=2, n_head=2, n_embd=8)
@@ -68,7 +68,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> Iter
 
 def register(monkeypatch: pytest.MonkeyPatch, sha256: str | None) -> None:
     asset = fetch.Pretrained(repository="openai-community/gpt2", revision=REVISION, sha256=sha256, parameters="124M")
-    monkeypatch.setitem(GPT2_SIZES, "124M", Size(CONFIG.n_layer, CONFIG.n_head, CONFIG.n_embd, "pretrained"))
+    monkeypatch.setitem(GPT2_SIZES, "124M", (CONFIG.n_layer, CONFIG.n_head, CONFIG.n_embd))
     monkeypatch.setattr(fetch, "pretrained", lambda: {"pretrained": asset})
 
 

@@ -162,8 +162,8 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
     (tree / ".venv").mkdir()
     (tree / ".venv/bin").symlink_to(BIN)
     with hub.running() as running:
-        sizes, shape = tree / "picogpt/registry.py", f"Size({CONFIG.n_layer}, {CONFIG.n_head}, {CONFIG.n_embd},"
-        sizes.write_text(re.sub(r"Size\(\d+, \d+, \d+,", shape, sizes.read_text()))
+        sizes, shape = tree / "picogpt/registry.py", f"({CONFIG.n_layer}, {CONFIG.n_head}, {CONFIG.n_embd})"
+        sizes.write_text(re.sub(r"\(\d+, \d+, \d+\)", shape, sizes.read_text()))
         rewrite(tree / "config/pretrained.yaml", lambda registry: serve_small(registry, running))
         rewrite(tree / "config/fineweb.yaml", lambda registry: serve_shards(running))
         monkeypatch.chdir(tree)
