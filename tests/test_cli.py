@@ -168,7 +168,7 @@ def test_a_stopped_run_without_a_name_says_which_name_goes_on(
     ended, errors = stopped(signal.SIGTERM, *small, cwd=tmp_path)
     assert ended == 143
     (folder,) = (tmp_path / "weights/gpt2").iterdir()
-    assert f"the same command with --run {folder.name} continues from there" in errors
+    assert f"the same command with --name {folder.name} continues from there" in errors
     again = picogpt(*small, "--steps", 4, "--run", folder.name)  # other settings, not a new run
     assert (again.status, "holds a run of other settings" in again.err) == (1, True)
 

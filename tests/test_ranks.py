@@ -1,7 +1,11 @@
 """What the environment says about ranks: only those that a launcher started count."""
 
+import click
 import pytest
+from torch.distributed.run import get_args_parser
 
+from picogpt.cli.bench import bench
+from picogpt.cli.train import train
 from picogpt.errors import UsageError
 from picogpt.ranks import Ranks, first_to_fail, from_environment
 
@@ -74,3 +78,13 @@ def test_of_the_ranks_of_a_torchrun_job_the_first_to_fail_speaks(environment, tm
             environment(TORCHELASTIC_ERROR_FILE=str(tmp_path / attempt / rank / "error.json"))
             speaks.append(first_to_fail())
         assert speaks == [True, False]
+
+
+def test_torchrun_leaves_our_options_to_us():
+    """It takes options by their beginning: one of ours that begins one of its own would be ambiguous, or taken."""
+    theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
+    ours = [parameter for command in (train, bench.commands["train"]) for parameter in command.params]
+    ours = [parameter for parameter in ours if isinstance(parameter, click.Option)]
+    taken = {option for parameter in ours for option in parameter.opts if any(t.startswith(option) for t in theirs)}
+    assert taken == {"--run"}  # the other spelling of --name, for commands without torchrun
+    assert [parameter.opts for parameter in ours if "--run" in parameter.opts] == [["--name", "--run"]]

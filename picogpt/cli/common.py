@@ -24,7 +24,7 @@ KINDS = tuple(MODELS)
 PATH = click.Path(path_type=Path)
 WEIGHTS = Path("weights")
 RESOURCES = Path("resources")
-RUN_PATTERN = "Name of the run's folder. [default: the time, as in 20260210_183518]"
+RUN_PATTERN = "Name of the run and of its folder. [default: the time, as in 20260210_183518]"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

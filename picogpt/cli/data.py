@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FINEWEB = "fineweb-edu"
 PATH = click.Path(path_type=Path)
 
-run_option = click.option("--run", help=RUN_PATTERN)
+run_option = click.option("--name", "--run", "run", help=RUN_PATTERN)
 corpus_option = click.option("--corpus", help="Name of the text in results. [default: its registered or file name]")
 FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
 val_fraction_option = click.option("--val-fraction", type=FRACTION, default=0.1, help="Validation share, at the end.")

@@ -73,7 +73,7 @@ def page(pairs: tuple[str, ...], **arguments: Any) -> None:
 
 
 @click.command()
-@click.option("--run", default="pipeline", help="Run in weights/ whose records are kept.")
+@click.option("--name", "--run", "run", default="pipeline", help="Run in weights/ whose records are kept.")
 def reference(run: str) -> None:
     """Copy the records and figures of a complete run to results/reference/DEVICE/ and media/reference/DEVICE/.
 

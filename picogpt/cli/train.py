@@ -45,7 +45,7 @@ class TrainCommand(click.Command):
 @click.command(cls=TrainCommand)
 @click.argument("kind", type=click.Choice(KINDS))
 @common.data_option
-@click.option("--run", help=f"{common.RUN_PATTERN} An interrupted run continues under its name.")
+@click.option("--name", "--run", "run", help=f"{common.RUN_PATTERN} An interrupted run continues under its name.")
 @click.option("--folder", type=PATH, help="Folder of the run, in place of weights/KIND/RUN/.")
 @click.option("--config", help="YAML file of settings, or a name in config/models/. [default: of the model]")
 @click.option(
@@ -63,18 +63,18 @@ def train(
 ) -> None:
     """Train a model. Results go to weights/KIND/RUN/: best.pt, metrics.jsonl, record.json (gpt2: RUN/CORPUS/).
 
-    Ctrl-C (SIGTERM, SIGUSR1) saves a checkpoint at the next step and stops; the same command with --run continues from
+    Ctrl-C (SIGTERM, SIGUSR1) saves a checkpoint at the next step and stops; the same command with --name continues from
     there and ends with bit-identical weights. Under torchrun every rank computes its share of each batch; a run can be
     continued with a different number of ranks.
 
     \b
       picogpt train char-bigram
-      picogpt train char-transformer --run mine --set model.n_layer=6 --set train.epochs=4
+      picogpt train char-transformer --name mine --set model.n_layer=6 --set train.epochs=4
       picogpt train gpt2 --init pretrained --steps 100
       torchrun --standalone --nproc_per_node=2 -m picogpt train gpt2
     """
     if run and folder:
-        raise UsageError("give --run or --folder, not both")
+        raise UsageError("give --name or --folder, not both")
     from picogpt import machines
     from picogpt.config import load_experiment, model_file
     from picogpt.data.corpus import open_data
@@ -103,7 +103,7 @@ def train(
         try:
             record = trainer.run(options["replace"])
         except Interrupted as stop:
-            again = "" if run or folder else f" with --run {target.relative_to(WEIGHTS).parts[1]}"
+            again = "" if run or folder else f" with --name {target.relative_to(WEIGHTS).parts[1]}"
             raise Interrupted(stop.exit_status - 128, f"{stop}: the same command{again} continues from there") from None
     if not world.is_main:
         return

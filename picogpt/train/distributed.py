@@ -152,6 +152,6 @@ def _peers() -> Iterator[None]:
         if isinstance(error, dist.DistError) or _LOST.search(str(error)):
             raise PicogptError(
                 f"another rank of this job has ended ({str(error).strip().splitlines()[0][:160]}). What was saved"
-                " last is kept: the same command with --run continues from there, and torchrun --max-restarts=N does so itself"
+                " last is kept: the same command with --name continues from there, and torchrun --max-restarts=N does so itself"
             ) from error
         raise

@@ -115,5 +115,5 @@ class RunFolder:
     def _refuse_unless(self, replace: bool) -> None:
         if not replace:
             raise PicogptError(
-                f"{self.path} holds a run of other settings or data: choose another --run, or --replace it"
+                f"{self.path} holds a run of other settings or data: choose another --name, or --replace it"
             )

@@ -107,7 +107,7 @@ class Trainer:
         With `replace`, a run with other settings in the folder is deleted instead of refused.
         """
         with ExitStack() as held, _stop_on_signals(self.stop_signals):
-            self.world.broadcast_from_main(lambda: self._enter(held))
+            self.world.broadcast_from_main(lambda: held.enter_context(self.folder.held()))
             if finished := self.world.broadcast_from_main(lambda: self.folder.finished(replace)):
                 return finished
             self._resume(replace)
@@ -122,9 +122,6 @@ class Trainer:
             record = self._record()
             self.world.broadcast_from_main(lambda: self.folder.publish(record))
             return record
-
-    def _enter(self, held: ExitStack) -> None:
-        held.enter_context(self.folder.held())
 
     def _writer(self, held: ExitStack) -> Callable[..., None]:
         """A function that appends a line to the metrics file on rank 0, and does nothing elsewhere."""

@@ -25,7 +25,7 @@ rule tokenize_char:
         """
         picogpt tokenize char \
             --text {input.text:q} \
-            --run {params.run:q} \
+            --name {params.run:q} \
             {params.flags} \
             >{log:q} 2>&1
         """
@@ -49,7 +49,7 @@ rule tokenize_gpt2:
         """
         picogpt tokenize gpt2 \
             --text {input.text:q} \
-            --run {params.run:q} \
+            --name {params.run:q} \
             >{log:q} 2>&1
         """
 

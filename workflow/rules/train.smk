@@ -30,7 +30,7 @@ rule train:
         " {params.file:q}"
         " {params.overrides:q}"
         f" --data {TOKENS}"
-        f" --run {RUN}"
+        f" --name {RUN}"
         " --replace"
         " 2>&1 | tee -i {log:q}"
 
