@@ -17,13 +17,13 @@ from picogpt.files import read_text, write_text
 
 SCHEMA_VERSION = 2
 HUB_UNREACHABLE = "hub unreachable"
-"""Why a number of OpenAI's weights is missing."""
+"""Recorded where OpenAI's weights are not in the local cache."""
 PARTS: dict[str, Any] = {
     "task": str, "model": str | None, "machine": str | None, "rung": str | None, "dtype": str | None,
     "device.name": str, "device.kind": str, "device.cores": int, "software": dict, "commit": str | None, "dirty": bool | None,
     "corpus": dict, "config": dict, "results": dict, "not_measured": str | None, "missing": dict | None,
 }  # fmt: skip
-"""Types of the parts that every record has, nested keys joined by dots; it may have more."""
+"""Required type of each part, nested keys joined by dots; a part whose type includes None may be absent."""
 NUMBERS = {
     "train": (
         "ranks", "config.train.seed", "results.parameters", "results.steps", "results.tokens", "results.epochs", "results.best_epoch",
@@ -34,7 +34,7 @@ NUMBERS = {
         "results.tokens_per_second", "results.median", "results.fastest", "results.slowest", "results.final_loss", "results.peak_memory_bytes",
     ),
 }  # fmt: skip
-"""Numbers that the records of a task must have besides, except where nothing was measured."""
+"""Numbers that a record of the task must also have, unless it has `not_measured`."""
 
 
 class Key(NamedTuple):
@@ -74,7 +74,7 @@ def at(record: Any, path: str) -> Any:
 
 
 def provenance(device: hardware.Device) -> dict[str, Any]:
-    """What the numbers of a record stand on: time, device, driver, library versions, commit."""
+    """Where the numbers of a record come from: time, device, driver, library versions, commit."""
     source, dirty = commit()
     packages = ("torch", "triton", "numpy")
     return {
@@ -104,7 +104,7 @@ def provenance(device: hardware.Device) -> dict[str, Any]:
 def commit() -> tuple[str | None, bool | None]:
     """Commit of the source tree and whether files differ from it; (None, None) outside a git checkout.
 
-    The reference records are results, not source: they may differ. Files that git does not know count in source folders only.
+    The reference records are results, not source: they may differ. Untracked files make the tree dirty only in source folders.
     """
     root = Path(__file__).resolve().parent.parent
 
@@ -152,7 +152,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line. Raises PicogptError naming the line that is none."""
+    """Read a file of one JSON object a line. Raises PicogptError naming the first line that is not a JSON object."""
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:

@@ -35,28 +35,28 @@ def settings_class(model: str) -> Any:
 GPT2_SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
 """n_layer, n_head and n_embd of the published GPT-2s, by number of parameters."""
 PRETRAINED = ("gpt2-pretrained", "gpt2-pretrained-medium", "gpt2-pretrained-large", "gpt2-pretrained-xl")
-"""OpenAI's models on the command line."""
+"""Names of OpenAI's models on the command line."""
 
 
 @dataclass(frozen=True)
 class Rung:
     """An optimization of the training ladder: its label in figures, and what a device must have for it.
 
-    `changes` are fields of `picogpt.train.step.Switches`, which each rung sets in addition to those before it.
+    `changes` are fields of `picogpt.train.step.Switches`, set on top of those of earlier rungs; a later value replaces an earlier one.
     """
 
     label: str
     changes: dict[str, Any] = field(default_factory=dict)
     needs: Literal["", "bfloat16", "TF32", "GPU", "CPU"] = ""
 
-    def missing(self, device: Device) -> str | None:
+    def why_unsupported(self, device: Device) -> str | None:
         """Why `device` cannot run this rung, or None if it can."""
         on_gpu, bfloat16 = device.type == "cuda", device.dtype == "bfloat16"
         reasons = {
             "bfloat16": None if bfloat16 else f"{device.name} has no instructions for bfloat16",
             "TF32": None if on_gpu and bfloat16 else f"{device.name} has no TF32",  # both came with Ampere
             "GPU": None if on_gpu else f"{device.name} is no GPU",
-            "CPU": "torch keeps the memory of a GPU by itself" if on_gpu else None,
+            "CPU": "not needed on a GPU: torch keeps freed GPU memory already" if on_gpu else None,
         }
         return reasons.get(self.needs)
 

@@ -45,7 +45,7 @@ def switches_of(machine: MachineConfig, rung: str, device: hardware.Device) -> S
     """The changes of all rungs up to `rung`, without those that the device lacks."""
     switches = BASELINE
     for name in machine.rungs[: machine.rungs.index(rung) + 1]:
-        if not RUNGS[name].missing(device):
+        if not RUNGS[name].why_unsupported(device):
             switches = replace(switches, **RUNGS[name].changes)
     return switches
 
@@ -80,7 +80,7 @@ def measure(
         "ranks": world.size,
         "results": {},
     }
-    if missing := RUNGS[rung].missing(device):
+    if missing := RUNGS[rung].why_unsupported(device):
         return {**record, "not_measured": missing}
     return record | _largest_that_fits(_Ladder(machine, rung, config, train, data, device, world), switches)
 

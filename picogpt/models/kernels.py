@@ -1,7 +1,7 @@
 """Faster kernels for the models, all plugged in here: `use` for training and evaluation, `specialize` for sampling.
 
-A model calls `sdpa` for attention without a cache, and `loss`; a linear layer is an `nn.Linear`. The models read alone with torch's own
-functions in these places. What each kernel brings is measured in docs/performance.md.
+A model calls `sdpa` for attention without a cache, and `loss`; a linear layer is an `nn.Linear`. By themselves the model files use
+torch's functions there, so they can be read without this file. What each kernel brings is measured in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ ROWS_IN_CACHE = 32
 COLUMNS = 64
 """The vocabulary is padded to a multiple of this inside the product, for full tiles of matrix units."""
 FEW_ROWS = 4
-"""Up to this many rows the int8 kernel is faster than converting the weights to bfloat16 first."""
+"""Up to this many rows a kernel for few rows is faster than converting the weights of the layer first."""
 WIDENED = 1 << 19
 """Weights converted to float32 at a time, two megabytes, which a cache holds."""
 
 
 def use(
-    model: LanguageModel, attention: str = "fastest", loss: str = "fused", compiled: hardware.Device | None = None
+    model: LanguageModel, attention: str = "fastest", loss: str = "fused", compile_for: hardware.Device | None = None
 ) -> None:
     """Let `model` train with these kernels: names of ATTENTION and, for GPT-2, of LOSSES.
 
-    `compiled` is the device of a model that torch.compile gets: what its graph should not hold is kept outside of it.
+    `compile_for` is the device of a model that will be compiled: kernels that must not be traced are excluded from its graph.
     """
     sdpa, mean_loss = ATTENTION[attention], LOSSES[loss]
-    if compiled:  # not where they are defined: torch.compiler.disable imports the compiler, which takes two seconds
-        if attention == "fastest" and (compiled.type, compiled.dtype) == ("cpu", "bfloat16"):
+    if compile_for:  # not where they are defined: torch.compiler.disable imports the compiler, which takes two seconds
+        if attention == "fastest" and (compile_for.type, compile_for.dtype) == ("cpu", "bfloat16"):
             sdpa = torch.compiler.disable(sdpa)  # inside the graph BlockedAttention would not be used
         if loss == "fused":
             mean_loss = torch.compiler.disable(mean_loss)  # its loops would be unrolled, for minutes
@@ -76,12 +76,14 @@ def fastest_attention(
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
 
 
-def written_out_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+def written_out_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, is_causal: bool = True
+) -> torch.Tensor:
     """softmax(q k' / sqrt(D)) v with all its intermediate results in memory: q, k, v (B, H, T, D) -> (B, H, T, D)."""
     T, D = q.shape[-2:]
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.mT / math.sqrt(D)).masked_fill(later, -torch.inf)
-    return scores.softmax(-1) @ v
+    return F.dropout(scores.softmax(-1), dropout_p) @ v
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -138,7 +140,7 @@ def padded_loss(model: GPT2, x: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
 
 def fused_loss(model: GPT2, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """As `GPT2.loss`, always: logits and their gradient are made part by part, so they are never in memory as a whole."""
+    """As `GPT2.loss`: logits and their gradient are made part by part, so they are never in memory as a whole."""
     return linear_cross_entropy(x.flatten(0, 1), model.wte.weight, targets.flatten())
 
 

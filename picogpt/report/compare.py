@@ -60,7 +60,7 @@ def published_for(key: Key) -> dict[str, dict[str, Any]]:
 
 
 def on_published_text(record: dict[str, Any]) -> bool:
-    """Whether a record was measured on the text and split of every published loss, by hash and sizes: a name proves nothing."""
+    """Whether a record was measured on the text and split of every published loss, by hash and sizes; its name is not trusted."""
     corpus = record["corpus"]
     sizes = {(1_003_854, 111_540), (301_966, 36_059)}  # of both parts, in characters and in GPT-2's tokens
     here = (corpus.get("train_tokens"), corpus.get("val_tokens"))
@@ -110,7 +110,7 @@ def read_references(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
         check(folder)
         for path in files:
             require_good(path, records.read(path))
-        # A ladder belongs to one machine: it never gets a rung from another.
+        # All rungs of a ladder come from one reference folder.
         ladders = {key.machine for key in found if key.task == "ladder"}
         for key, record in read_records(files).items():
             if key.task != "ladder" or key.machine not in ladders:

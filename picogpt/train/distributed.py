@@ -34,7 +34,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     control: Any = None
-    """A gloo group for small messages, so that they never wait for a GPU."""
+    """A gloo group: small messages go over the CPU; NCCL would queue them behind the work of a GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -57,7 +57,7 @@ class World:
         return max(1, hardware.cpu_count() // self.local_size)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Mean of a tensor over the ranks, on its device."""
+        """Mean of a tensor over the ranks, on its device; the tensor itself is overwritten."""
         if self.size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.SUM)
             value = value / self.size
@@ -87,7 +87,7 @@ class World:
                 answer[0] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tree)
             except PicogptError as error:
                 answer[1] = error
-        with _peers():
+        with _lost_rank_as_error():
             dist.broadcast_object_list(answer, group=self.control)
         if answer[1] is not None:
             raise answer[1]
@@ -95,7 +95,7 @@ class World:
 
         def receive(shape: torch.Tensor) -> torch.Tensor:
             tensor = next(sources).contiguous() if self.is_main else torch.empty_like(shape, device="cpu")
-            with _peers():
+            with _lost_rank_as_error():
                 dist.broadcast(tensor, 0, group=self.control)
             return tensor
 
@@ -103,7 +103,7 @@ class World:
 
     def _reduce(self, value: torch.Tensor, operation: Any) -> float:
         if self.size > 1:
-            with _peers():
+            with _lost_rank_as_error():
                 dist.all_reduce(value, op=operation, group=self.control)
         return value.item()
 
@@ -127,7 +127,7 @@ def init_distributed(device: str) -> Iterator[World]:
                 " --device cpu trains on the CPU"
             )
         torch.cuda.set_device(local_rank)
-    with _peers():
+    with _lost_rank_as_error():
         store, rank, size = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # After a restart torchrun's store still has the addresses of the previous ranks, so each attempt uses its own
@@ -135,7 +135,7 @@ def init_distributed(device: str) -> Iterator[World]:
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
         control = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
-    with _peers():
+    with _lost_rank_as_error():
         yield World(dist.get_rank(), size, local_rank, local_size, control)
     # Keep the process groups alive: destroying gloo while holding the GIL can deadlock with its thread.
     _GROUPS.extend([dist.group.WORLD, control])
@@ -144,8 +144,8 @@ def init_distributed(device: str) -> Iterator[World]:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """Raise one PicogptError for the many errors of a collective whose peer is gone."""
+def _lost_rank_as_error() -> Iterator[None]:
+    """Turn whatever torch raises in a collective when another rank is gone into one PicogptError."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:

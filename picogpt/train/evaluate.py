@@ -9,7 +9,7 @@ from picogpt.hardware import Device
 from picogpt.models.language_model import LanguageModel
 from picogpt.train.distributed import World
 
-TOKENS_AT_ONCE = 1 << 13
+TOKENS_PER_PASS = 1 << 13
 
 
 def autocast(device: Device) -> torch.autocast:
@@ -30,7 +30,7 @@ def evaluate(
     world = world or World()
     block_size = model.config.block_size
     if batch_size is None:
-        batch_size = max(1, TOKENS_AT_ONCE // block_size)
+        batch_size = max(1, TOKENS_PER_PASS // block_size)
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device.torch_name if device.type != "mps" else "cpu")

@@ -1,6 +1,7 @@
 """Optimizers and the learning-rate schedule.
 
-AdamW updates all parameters, or all but the matrices of the blocks, which Muon updates.
+With optimizer=adamw AdamW updates all parameters; with optimizer=muon Muon updates the matrices of the blocks (2-D parameters
+named h.*, if there are any), and AdamW the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, fused: bool = True):
         """`fused`: one kernel for all of AdamW; otherwise torch's own choice."""
         self.config, self.total_steps = config, total_steps
-        embeddings, matrices, rest = _sort(model)
+        embeddings, matrices, rest = _group_parameters(model)
         groups = [
             {"params": embeddings, "lr": config.embedding_learning_rate or config.learning_rate, "weight_decay": 0.0},
             {"params": rest, "lr": config.learning_rate, "weight_decay": 0.0},
@@ -39,7 +40,7 @@ class Optimizer:
             groups.append({"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay})
         groups = [group for group in groups if group["params"]]
         self.parts.append(torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused or None))
-        self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        self._peak_rates = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def step(self, step: int, skip: torch.Tensor | None = None) -> None:
         """Update the weights as step number `step`, counted from 0, and clear the gradients.
@@ -47,7 +48,7 @@ class Optimizer:
         `skip`, a bool on the device, skips the update where it is true, without synchronization with the host.
         """
         factor = learning_rate_factor(step, self.total_steps, self.config)
-        for part, peaks in zip(self.parts, self._peaks, strict=True):
+        for part, peaks in zip(self.parts, self._peak_rates, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             if skip is not None and isinstance(part, torch.optim.AdamW):
@@ -113,19 +114,25 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Fraction of the peak learning rate at `step` of `total_steps`: linear warm-up, plateau, decay."""
+    """Fraction of the peak learning rate at `step` of `total_steps`.
+
+    It rises to 1 in the warm-up, stays there until the last `decay_fraction` of all steps, and then falls towards
+    `final_learning_rate_fraction` as the schedule says.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    decay_steps = config.decay_fraction * total_steps
-    left = min(1.0, (total_steps - step) / decay_steps)  # 1 on the plateau, just above 0 at the last step
-    if config.schedule == "constant":
-        left = 1.0
-    elif config.schedule == "cosine":
-        left = 0.5 * (1 - math.cos(math.pi * left))
-    return config.final_learning_rate_fraction + (1 - config.final_learning_rate_fraction) * left
+    remaining = min(1.0, (total_steps - step) / (config.decay_fraction * total_steps))  # of the decay, from 1 to near 0
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            height = remaining
+        case "cosine":
+            height = 0.5 * (1 - math.cos(math.pi * remaining))
+    return config.final_learning_rate_fraction + (1 - config.final_learning_rate_fraction) * height
 
 
-def _sort(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+def _group_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Parameters as (embeddings, matrices of the blocks, the rest: output layer, gains and biases)."""
     embedding_ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     embeddings, matrices, rest = [], [], []

@@ -20,10 +20,10 @@ from picogpt.train.distributed import World
 from picogpt.train.evaluate import autocast
 from picogpt.train.optim import Optimizer
 
-TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16, "mps": 1 << 14}
-"""Tokens of a forward pass by device type, without a configured micro-batch; more of them are no faster."""
-BYTES_PER_ACTIVATION = 40
-"""Activation memory per token, layer and channel: 17 values in bfloat16, with a margin."""
+TOKENS_PER_PASS = {"cpu": 1 << 12, "cuda": 1 << 16, "mps": 1 << 14}
+"""Most tokens of a forward pass where train.micro_batch_size is not set, by device type; larger passes are no faster."""
+BYTES_PER_TOKEN_LAYER_CHANNEL = 40
+"""Of activations: 17 values of 2 bytes, with a margin."""
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that capture CUDA graphs."""
 
@@ -43,13 +43,15 @@ class Switches:
     loss: Literal["plain", "padded", "fused"] = "fused"
     """Output layer and cross-entropy of GPT-2."""
     fused_optimizer: bool = True
-    """One kernel for AdamW, with weight decay for matrices alone; otherwise torch's default without weight decay."""
+    """AdamW by one kernel; otherwise by torch's default implementation."""
     keep_memory: bool = True
     """On a CPU, malloc keeps freed memory."""
 
 
-BASELINE = Switches(False, False, None, "written_out", "plain", False, False)
-"""What a textbook writes down."""
+BASELINE = Switches(
+    False, False, compile=None, attention="written_out", loss="plain", fused_optimizer=False, keep_memory=False
+)
+"""All optimizations off: the first rung of the ladder."""
 
 
 class Step:
@@ -79,9 +81,9 @@ class Step:
         self.forward: Callable[..., torch.Tensor] = self._compile()
 
     def _compile(self) -> Callable[..., torch.Tensor]:
-        """The forward pass, compiled if it is to be; kernels that a graph should not hold stay outside of it."""
-        compiled = self.device if self.compiled else None
-        kernels.use(self.model, self.switches.attention, self.switches.loss, compiled)
+        """The forward pass, compiled if it is to be; kernels that torch.compile handles badly are excluded from its graph."""
+        compile_device = self.device if self.compiled else None
+        kernels.use(self.model, self.switches.attention, self.switches.loss, compile_device)
         return torch.compile(self.model, mode=self.switches.compile) if self.compiled else self.model
 
     def distribute(self) -> None:
@@ -100,7 +102,7 @@ class Step:
             self.distribute()
 
     def forward_backward(self, x: torch.Tensor, y: torch.Tensor, parts: int = 1) -> torch.Tensor:
-        """Add the gradient of a micro-batch x, y (B, T), one of `parts`; return its share of the mean loss."""
+        """Accumulate the gradient of x, y (B, T), one of `parts` micro-batches; return its mean loss divided by `parts`."""
         best_backend = hardware.attention(self.device) if self.switches.attention == "fastest" else nullcontext()
         with autocast(self.device), best_backend:
             loss = self.forward(x, y) / parts
@@ -120,8 +122,8 @@ class Step:
             if self.switches.compile in GRAPH_MODES and self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # graphs may use the memory of the step before
             # The all-reduce of gradients happens once per step; no_sync must be set before the forward pass.
-            alone = isinstance(self.forward, DistributedDataParallel) and index < len(parts) - 1
-            with self.forward.no_sync() if alone else nullcontext():  # type: ignore[attr-defined]
+            only_accumulate = isinstance(self.forward, DistributedDataParallel) and index < len(parts) - 1
+            with self.forward.no_sync() if only_accumulate else nullcontext():  # type: ignore[attr-defined]
                 total += self.forward_backward(x, y, len(parts))
         loss = self.world.mean(total)
         if self.config.grad_clip:
@@ -137,12 +139,12 @@ class Step:
 
 def tokens_at_once(device: hardware.Device, model: ModelConfig) -> int:
     """Tokens of a forward pass without a configured micro-batch: on a GPU, as many as fit into half of its memory."""
-    most = TOKENS_AT_ONCE[device.type]
+    most = TOKENS_PER_PASS[device.type]
     memory, layers = hardware.gpu_memory_bytes(device), getattr(model, "n_layer", 0)
     if memory is None or not layers:
         return most
     settings: Any = model
-    return min(most, memory // 2 // (BYTES_PER_ACTIVATION * layers * settings.n_embd))
+    return min(most, memory // 2 // (BYTES_PER_TOKEN_LAYER_CHANNEL * layers * settings.n_embd))
 
 
 def micro_batch_size(batch_size: int, ranks: int, wanted: int | None, most: int) -> int:
