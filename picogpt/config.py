@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from picogpt.errors import UsageError
 from picogpt.files import read_text
@@ -27,6 +36,16 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys and values of the wrong type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        numbers = (int, float, int | None, float | None)
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in numbers:
+            raise ValueError(
+                f"a number is needed, and {str(value).lower()} (YAML: yes, no, on, off too) is a truth value"
+            )
+        return value
 
 
 def setting(default: Any, description: str, **limits: Any) -> Any:
@@ -111,10 +130,10 @@ class TrainConfig(Settings):
     eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
     momentum: float = setting(0.95, "Muon's Nesterov momentum", ge=0, lt=1)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices; never of gains, biases or embeddings", ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "how the learning rate decays")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "how it decays; constant: not at all")
     warmup_steps: int = setting(0, "steps of linear warm-up", ge=0)
     decay_fraction: float = setting(1.0, "last share of the steps, in which the rate decays", gt=0, le=1)
-    final_learning_rate_fraction: float = setting(0.0, "last learning rate / peak learning rate", ge=0, le=1)
+    final_learning_rate_fraction: float = setting(0.0, "last rate / peak rate; not of constant", ge=0, le=1)
     grad_clip: float = setting(0.0, "clip the global gradient norm to this; 0: no clipping", ge=0)
     eval_interval: int = setting(100, "steps between evaluations on the whole validation text", ge=1)
     eval_train: Literal["none", "part", "whole"] = setting(

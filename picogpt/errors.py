@@ -46,4 +46,11 @@ def is_compile_error(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on a CPU."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "not enough memory" in str(error)
+    # On a CPU torch raises a RuntimeError, with other words on Linux than on Windows.
+    words = (
+        "not enough memory",
+        "DefaultCPUAllocator: can't allocate memory",
+        "Cannot allocate memory",
+        "std::bad_alloc",
+    )
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or any(part in str(error) for part in words)

@@ -37,6 +37,9 @@ def export_folder(model: GPT2, tokenizer: GPT2Tokenizer, folder: Path) -> None:
         save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         for name, text in _texts(model.config, model.wte.num_embeddings, tokenizer).items():
             (temporary / name).write_text(text, encoding="utf-8")
+        (temporary / WEIGHTS_FILE).chmod(
+            (temporary / "config.json").stat().st_mode
+        )  # safetensors lets the owner alone read
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise PicogptError(f"cannot export to {folder}: {getattr(error, 'strerror', None) or error}") from error

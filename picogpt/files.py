@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -59,14 +60,34 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file. Raises PicogptError when it is missing, unreadable, or not UTF-8."""
+    """Read a UTF-8 file, without the byte-order mark that some editors write before the text. Raises as `read_hashed`."""
+    return read_hashed(path)[0]
+
+
+def read_hashed(path: str | Path) -> tuple[str, str]:
+    """The text of a UTF-8 file, or of a pipe, and the SHA-256 of its bytes, which are read once.
+
+    Raises PicogptError when it is missing, unreadable, or not UTF-8.
+    """
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        content = Path(path).read_bytes()
+        return content.decode("utf-8").removeprefix("\ufeff"), hashlib.sha256(content).hexdigest()
     except OSError as error:
         raise PicogptError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         wrong = f"byte {error.start} is 0x{error.object[error.start]:02x}"
         raise PicogptError(f"{path} is not UTF-8 text: {wrong}") from error
+
+
+def own_name(text: str, source: str | None = None) -> str:
+    """`text` as a name for files: with letters of any script, digits, and . _ - alone.
+
+    Where that changed it, or with a `source` that must not meet another of the same `text`, a part of a hash is added.
+    """
+    name = re.sub(r"[^\w.-]+", "_", text.encode("utf-8", "replace").decode()).strip("._") or "text"
+    if name == text and source is None:
+        return name
+    return f"{name}-{hashlib.sha256((source or text).encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
 
 
 def sha256_file(path: str | Path) -> str:

@@ -10,12 +10,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from picogpt import hardware, machines
 from picogpt.config import Settings, load_experiment, model_file, parse, read_yaml
+from picogpt.data import fetch
 from picogpt.data.fetch import Answer, endpoint, read_status
 from picogpt.errors import UsageError
+from picogpt.files import own_name
 
 RESOURCES = Path("resources")
 
@@ -36,6 +38,16 @@ class Configuration(Settings, extra="ignore"):
 
     corpus: Annotated[list[Name], Field(min_length=1)] | Name
     run: str = Field("pipeline", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+    @field_validator("run", "corpus", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str | list):
+            return value
+        raise ValueError(
+            f"YAML reads this as {value!r}, which is no text: quote it, as in --config 'run=\"20260210_183518\"'"
+        )
+
     size: Literal["auto", "cpu", "gpu"] = "auto"
     gpus: Literal["auto"] | Annotated[int, Field(ge=1, strict=True)] = "auto"
     gpu_model: str | dict[str, str] = ""
@@ -113,6 +125,10 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     gpt2 = _job(asked, "default", size == "gpu", _ranks(asked, size, batch_size))  # gpt2 was the last of the loop
     arguments = machines.fitting() if asked.ladder.hardware == "auto" else asked.ladder.hardware
     measured = {machines.name_of(argument): argument for argument in arguments}
+    if odd := [name for name in measured if not re.fullmatch("[A-Za-z0-9_-]+", name)]:
+        raise UsageError(
+            f"ladder.hardware: the name of the file {odd[0]!r} may have letters a to z, digits, - and _ alone"
+        )
     known = {name: _machine(asked, name, measured.get(name, name)) for name in sorted({*machines.names(), *measured})}
     long_trainings = [name for name in measured if known[name].training]
     fineweb = Path("weights/gpt2_tokenizer") / asked.run / "fineweb-edu/manifest.json"
@@ -156,12 +172,15 @@ def launch(ranks: int, nodes: int = 1) -> str:
 
 def _text(corpus: list[str] | str) -> tuple[str, str]:
     """(path, name) of the text: the user's own file, or the copy of a registered corpus that a fetch rule makes."""
-    if isinstance(corpus, list) or not (Path(corpus).suffix or len(Path(corpus).parts) > 1):
+    if isinstance(corpus, list) or (corpus in fetch.registry() and not Path(corpus).is_file()):
         return str(RESOURCES / "corpus.txt"), corpus[0] if isinstance(corpus, list) else corpus
-    if not Path(corpus).is_file():
+    path = Path(corpus)
+    if not path.is_file():
         # Otherwise the tokens of another text, where an earlier run has left some, would be used without a word.
-        raise UsageError(f"there is no text {corpus}: `corpus` is the path of a UTF-8 file, or a registered name")
-    return corpus, re.sub(r"[^A-Za-z0-9._-]+", "_", Path(corpus).stem)
+        names = ", ".join(name for name, asset in fetch.registry().items() if asset.kind == "corpus")
+        raise UsageError(f"there is no text {corpus}: `corpus` is the path of a UTF-8 file, or one of {names}")
+    # Texts of the same file name in different folders, or with different suffixes, have names of their own.
+    return corpus, own_name(path.stem, None if path.parent == Path() and path.suffix in (".txt", "") else corpus)
 
 
 def _deciding(file: str | Path) -> str:

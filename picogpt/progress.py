@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -49,25 +49,29 @@ class _Noted(AbstractContextManager):
         self._last_line = -LINE_INTERVAL_S
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()
 
     def show(self, done: int, note: str) -> None:
         """Show that `done` of the total are done. The time left counts from the first call."""
         now = time.monotonic()
         first_done, first_time = self._first = self._first or (done, now)
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(done - self._bar.n)
+        with suppress(OSError):  # whoever read our output has gone; what is shown goes on
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
         if not (self._bar.disable and self.shown) or (now - self._last_line < LINE_INTERVAL_S and done < self.total):
             return
         self._last_line = now
         if done > first_done:
             note += f"  {tqdm.format_interval((self.total - done) * (now - first_time) / (done - first_done))} left"
-        print(f"{self.name}: {self.unit} {done:,}/{self.total:,}  {note}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"{self.name}: {self.unit} {done:,}/{self.total:,}  {note}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.shown:
-            tqdm.write(text, file=sys.stderr)
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stderr)
 
 
 class Encoding(_Noted):

@@ -11,7 +11,7 @@ from test_machines import gpus
 
 from picogpt import plan
 from picogpt.data import fetch
-from picogpt.files import write_text
+from picogpt.files import own_name, write_text
 
 SHIPPED = yaml.safe_load((ROOT / "config/config.yaml").read_text())
 
@@ -88,7 +88,7 @@ def test_as_many_gpus_train_as_divide_the_batch(monkeypatch, here: int, ranks: i
     [
         ("tinyshakespeare", "resources/corpus.txt", "tinyshakespeare"),
         (["gutenberg-shakespeare", "tinyshakespeare"], "resources/corpus.txt", "gutenberg-shakespeare"),
-        ("my text.txt", "my text.txt", "my_text"),
+        ("my text.txt", "my text.txt", own_name("my text")),
     ],
 )
 def test_the_text_is_a_registered_one_or_the_users_own(tmp_path: Path, corpus, text: str, name: str):

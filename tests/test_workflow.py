@@ -35,7 +35,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder where the pipeline has run on the user's own text. A hub refused the weights, so that it is not asked again."""
     folder = tmp_path_factory.mktemp("pipeline") / "finished"
     copy_source(folder / "source", *WORKFLOW)
-    configure(folder, corpus=str(corpus))
+    shutil.copy(corpus, folder / "words.txt")
+    configure(folder, corpus="words.txt")
     with hub.running() as refusing:
         (folder / "hub.txt").write_text(refusing.address)
         snakemake(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 
 import click
@@ -54,8 +56,28 @@ for command in (runs.runs, bench.bench, report.report, report.reference, about.h
 def main() -> None:
     """Entry point. A user's mistake ends in one message and exit status 2, a failure in one message and 1.
 
-    Of several ranks, one prints it. An error that no message explains ends in a traceback.
+    Of several ranks, one prints it. An error that no message explains ends in a traceback. Characters that the output's
+    encoding lacks are replaced, with a warning.
     """
+    replaced: list[UnicodeError] = []
+
+    def replace(error: UnicodeError) -> tuple[str | bytes, int]:
+        replaced.append(error)
+        return codecs.replace_errors(error)
+
+    codecs.register_error("picogpt", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="picogpt")
+    try:
+        _run()
+    finally:
+        if replaced:
+            lacking = f"{sys.stdout.encoding} lacks some characters, which were replaced by ?"
+            print(f"warning: {lacking}; PYTHONIOENCODING=utf-8 or --out keeps them", file=sys.stderr)
+
+
+def _run() -> None:
     try:
         cli(standalone_mode=False)
     except click.Abort:

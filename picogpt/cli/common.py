@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,17 +59,17 @@ def now() -> str:
     return datetime.now().strftime("%Y%m%d_%H%M%S")
 
 
-def newest(pattern: str, hint: str) -> Path:
-    """The newest file of `pattern` in weights/. Raises UsageError with a hint when there is none."""
-    if files := list(WEIGHTS.glob(pattern)):
+def newest(patterns: Sequence[str], hint: str) -> Path:
+    """The newest file of any of `patterns` in weights/. Raises UsageError with a hint when there is none."""
+    if files := [file for pattern in patterns for file in WEIGHTS.glob(pattern)]:
         return max(files, key=lambda path: path.stat().st_mtime)
-    raise UsageError(f"no {WEIGHTS / pattern} is here: {hint}")
+    raise UsageError(f"no {WEIGHTS / patterns[0]} is here: {hint}")
 
 
 def token_folder(kind: str) -> Path:
     """The newest folder of token files for a kind of model."""
     tokenizer = MODELS[kind].tokenizer
-    return newest(f"{tokenizer}_tokenizer/*/train.bin", f"picogpt tokenize {tokenizer} makes one").parent
+    return newest([f"{tokenizer}_tokenizer/*/train.bin"], f"picogpt tokenize {tokenizer} makes one").parent
 
 
 def require_fitting(kind: str, data: TokenData) -> None:
@@ -104,8 +104,16 @@ def load_model(
 
     from picogpt.checkpoint import load_weights
 
-    runs = "gpt2/*" if kind == "gpt2" else kind.replace("-", "_")
-    weights = load_weights(ckpt or newest(f"{runs}/*/best.pt", f"picogpt train {kind} makes one"), kind)
+    runs = "gpt2/*/*" if kind == "gpt2" else f"{kind.replace('-', '_')}/*"
+    patterns = [f"{runs}/best.pt", f"{runs}/checkpoints/best.pt"]
+    weights = load_weights(ckpt or newest(patterns, f"picogpt train {kind} makes one"), kind)
+    unfinished = " of a run that is not finished" if weights.path.parent.name == "checkpoints" else ""
+    where = (
+        "the initial weights of its training"
+        if untrained
+        else f"step {weights.step}, validation loss {weights.val_loss:.4f}"
+    )
+    click.echo(f"{weights.path}{unfinished}: {where}", err=True)
     return weights.model(untrained), weights.tokenizer(tokenizer_dir), str(weights.path)
 
 

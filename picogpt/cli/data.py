@@ -142,11 +142,11 @@ def tokenize() -> None:
 @click.option("--drop-unseen", is_flag=True, help="Remove validation characters that the training text does not have.")
 def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: float, drop_unseen: bool) -> None:
     """Characters as tokens. Writes tokenizer.json, train.bin and val.bin to weights/char_tokenizer/RUN/."""
-    from picogpt.data.corpus import first_corpus, name_of, tokenize_chars
+    from picogpt.data.corpus import first_corpus, tokenize_chars
 
     text = text or first_corpus(RESOURCES)
     folder = WEIGHTS / "char_tokenizer" / (run or now())
-    data = tokenize_chars(text, folder, name_of([text], corpus), val_fraction, drop_unseen)
+    data = tokenize_chars(text, folder, corpus, val_fraction, drop_unseen)
     click.echo(f"{data.train.header.corpus}: {data.vocab_size} characters, {_counts(data)}: {folder}/")
 
 
@@ -163,13 +163,12 @@ def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fract
     Documents are separated by <|endoftext|>, which a text may contain already.
     """
     from picogpt.data.bpe import GPT2Tokenizer
-    from picogpt.data.corpus import first_corpus, name_of, tokenize_gpt2
+    from picogpt.data.corpus import first_corpus, tokenize_gpt2
 
     texts = texts or (first_corpus(RESOURCES),)
-    name = name_of(texts, corpus)
     folder = WEIGHTS / "gpt2_tokenizer" / (run or now())
-    data = tokenize_gpt2(texts, folder, GPT2Tokenizer.fetched(RESOURCES), name, val_fraction, threads)
-    click.echo(f"{name}: {_counts(data, ' tokens')}: {folder}/")
+    data = tokenize_gpt2(texts, folder, GPT2Tokenizer.fetched(RESOURCES), corpus, val_fraction, threads)
+    click.echo(f"{data.train.header.corpus}: {_counts(data, ' tokens')}: {folder}/")
 
 
 @tokenize.command(FINEWEB)

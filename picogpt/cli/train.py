@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import click
 from picogpt.cli import common
 from picogpt.cli.common import KINDS, PATH, WEIGHTS
 from picogpt.errors import Interrupted, UsageError
-from picogpt.files import read_text, write_text
+from picogpt.files import own_name, read_text, write_text
 from picogpt.ranks import launcher
 from picogpt.registry import MODELS, settings_class
 
@@ -63,7 +62,7 @@ def train(
 ) -> None:
     """Train a model. Results go to weights/KIND/RUN/: best.pt, metrics.jsonl, record.json (gpt2: RUN/CORPUS/).
 
-    Ctrl-C (SIGTERM, SIGUSR1) saves a checkpoint at the next step and stops; the same command with --name continues from
+    Ctrl-C (SIGTERM, SIGUSR1, SIGHUP) saves a checkpoint at the next step and stops; the same command with --name continues from
     there and ends with bit-identical weights. Under torchrun every rank computes its share of each batch; a run can be
     continued with a different number of ranks.
 
@@ -138,7 +137,7 @@ def _folder(kind: str, run: str | None, corpus: str) -> Path:
             write_text(note, common.now())
         run = read_text(note)
     folder = WEIGHTS / kind.replace("-", "_") / (run or common.now())
-    return folder / (re.sub(r"[^A-Za-z0-9._-]+", "_", corpus).strip(".") or "corpus") if kind == "gpt2" else folder
+    return folder / own_name(corpus) if kind == "gpt2" else folder
 
 
 def _note(kind: str) -> Path | None:

@@ -16,7 +16,10 @@ from picogpt.data.shards import MANIFEST, open_shards
 from picogpt.data.tokenizers import CharTokenizer
 from picogpt.data.tokens import Header, TokenData, hash_of_parts, hash_of_texts, open_tokens, write_tokens
 from picogpt.errors import PicogptError, UsageError
-from picogpt.files import exclusive_lock, read_text, sha256_file
+from picogpt.files import exclusive_lock, read_hashed
+
+MIN_TOKENS = 2
+"""One to predict another from."""
 
 
 def open_data(folder: str | Path) -> TokenData:
@@ -31,7 +34,10 @@ def open_data(folder: str | Path) -> TokenData:
     train = open_tokens(Path(folder) / "train.bin")
     same = train.header.model_dump(include={"vocab_size", "text_sha256", "tokenizer_sha256", "data_sha256"})
     belongs = f"of the text, split and tokenizer of {train.path}"
-    return TokenData(train, open_tokens(Path(folder) / "val.bin", belongs=belongs, **same))
+    val = open_tokens(Path(folder) / "val.bin", belongs=belongs, **same)
+    if val.header.count < MIN_TOKENS:
+        raise PicogptError(f"{val.path} has {val.header.count} tokens: {MIN_TOKENS} are the least; use a longer text")
+    return TokenData(train, val)
 
 
 def first_corpus(folder: Path) -> Path:
@@ -42,31 +48,22 @@ def first_corpus(folder: Path) -> Path:
     raise UsageError(f"no corpus is in {folder}/: run picogpt fetch tinyshakespeare, or pass --text FILE")
 
 
-def name_of(texts: Sequence[Path], chosen: str | None) -> str:
-    """The name of a corpus in all results: `chosen`, or its registered one, or that of the first file.
-
-    Raises UsageError when it is the name of a registered corpus and the text is another.
-    """
-    registered = fetch.identify(sha256_file(texts[0])) if len(texts) == 1 and texts[0].is_file() else None
-    name = chosen or registered or texts[0].stem
-    if name != registered and name in fetch.registry():
-        raise UsageError(f"{texts[0]} is not the registered {name}, whose name it bears: name yours with --corpus")
-    return name
-
-
 def tokenize_chars(
     text_path: Path, folder: Path, corpus: str | None = None, val_fraction: float = 0.1, drop_unseen: bool = False
 ) -> TokenData:
     """Split a UTF-8 text, first part for training, and write tokenizer and token files into `folder`.
 
-    The name of the corpus is `corpus`, or the file's own name. With `drop_unseen`, characters of the
-    validation text that the training text lacks are left out; without it they are an error.
+    The name of the corpus in all results is `corpus`, or its registered one, or the file's own. With `drop_unseen`,
+    characters of the validation text that the training text lacks are left out; without it they are an error.
 
-    Raises PicogptError when the text is empty, not UTF-8, of one character, or too short to split.
+    Raises PicogptError when the text is empty, not UTF-8, of one character, or too short to split; UsageError when it has
+    the name of a registered corpus and is another text.
     """
-    train, val = _split(text_path, val_fraction)
+    (text,), text_sha256, name = _read([text_path], corpus)
+    train, val = _split(text_path, text, val_fraction)
     tokenizer = CharTokenizer.from_text(train)
-    unseen = Counter(character for character in val if character not in tokenizer.characters)
+    known = set(tokenizer.characters)
+    unseen = Counter(character for character in val if character not in known)
     if unseen and not drop_unseen:
         listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
         where = f"the validation text (the last {val_fraction:.0%}) has characters that the training text lacks"
@@ -76,7 +73,7 @@ def tokenize_chars(
     if len(val) < 2:
         raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
     parts = [tokenizer.encode(part) for part in (train, val)]
-    return _write(folder, parts, tokenizer, corpus or text_path.stem, sha256_file(text_path))
+    return _write(folder, parts, tokenizer, name, text_sha256)
 
 
 def tokenize_gpt2(
@@ -90,20 +87,29 @@ def tokenize_gpt2(
     """Split UTF-8 texts, the first part of each for training, and write token files of GPT-2's tokens into `folder`.
 
     Each text is a document, or several with `<|endoftext|>` between them; in the files too that token is between them.
-    On `threads` cores, 0 for all. The name of the corpus is `corpus`, or the first file's own name.
+    On `threads` cores, 0 for all. The name of the corpus is as of `tokenize_chars`.
 
-    Raises PicogptError when a text is empty, not UTF-8, or too short to split.
+    Raises PicogptError when a text is empty, not UTF-8, or too short to split; UsageError as `tokenize_chars`.
     """
-    splits = zip(*(_split(path, val_fraction) for path in text_paths), strict=True)
+    texts, text_sha256, name = _read(text_paths, corpus)
+    splits = zip(*(_split(path, text, val_fraction) for path, text in zip(text_paths, texts, strict=True)), strict=True)
     documents = ([document for text in texts for document in text.split(END_OF_TEXT)] for texts in splits)
     parts = [tokenizer.encode_documents(some, threads) for some in documents]
-    text_sha256 = hash_of_texts([sha256_file(path) for path in text_paths])
-    return _write(folder, parts, tokenizer, corpus or text_paths[0].stem, text_sha256)
+    return _write(folder, parts, tokenizer, name, text_sha256)
 
 
-def _split(path: Path, val_fraction: float) -> tuple[str, str]:
-    """The text split in two, with the last `val_fraction` of its characters for validation."""
-    text = read_text(path)
+def _read(paths: Sequence[Path], corpus: str | None) -> tuple[list[str], str, str]:
+    """The texts, the hash of their bytes, and the name of the corpus."""
+    texts, hashes = map(list, zip(*map(read_hashed, paths), strict=True))
+    registered = fetch.identify(hashes[0]) if len(paths) == 1 else None
+    name = (corpus or registered or paths[0].stem).encode("utf-8", "replace").decode()  # names of files may be no UTF-8
+    if name != registered and name in fetch.registry():
+        raise UsageError(f"{paths[0]} is not the registered {name}, whose name it bears: name yours with --corpus")
+    return texts, hash_of_texts(hashes), name
+
+
+def _split(path: Path, text: str, val_fraction: float) -> tuple[str, str]:
+    """The text of `path` split in two, with the last `val_fraction` of its characters for validation."""
     if not text:
         raise PicogptError(f"{path} is empty")
     cut = int(len(text) * (1 - val_fraction))
@@ -116,6 +122,9 @@ def _write(
     folder: Path, parts: list[np.ndarray], tokenizer: CharTokenizer | GPT2Tokenizer, corpus: str, text_sha256: str
 ) -> TokenData:
     """Write the token files of both splits, and the tokenizer of characters, into `folder`."""
+    for split, ids in zip(("training", "validation"), parts, strict=True):
+        if len(ids) < MIN_TOKENS:
+            raise PicogptError(f"the {split} text of {corpus} has {len(ids)} tokens: {MIN_TOKENS} are the least")
     same: dict[str, Any] = {"corpus": corpus, "text_sha256": text_sha256, "tokenizer_sha256": tokenizer.sha256}
     same["data_sha256"] = hash_of_parts(hashlib.sha256(ids.tobytes()).hexdigest() for ids in parts)
     with exclusive_lock(folder, "tokenizing"):

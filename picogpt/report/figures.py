@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
 STYLE: Any = {
     "figure.facecolor": "white", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False,
+    "axes.grid": True, "text.parse_math": False, "axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False,
 }  # fmt: skip
 PUBLISHED = {
     "train_loss_after": ("published, training", (8, 3)),
@@ -42,7 +42,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
     results, device, lines = record["results"], record["device"], _references(record)
     marker: Any = {"linestyle": "none", "markeredgecolor": "white", "zorder": 5}
     part = {"part": "part of the text", "whole": "whole text"}.get(record["config"]["train"].get("eval_train"))
-    unit = "token" if record["model"] == "gpt2" else "character"
+    unit = "character" if str(record["model"]).startswith("char") else "token"
     with drawing(out, 11, 4.6) as figure:
         whole, lower = figure.subplots(1, 2, width_ratios=(1, 1.5))
         for axes, title in ((whole, "whole run"), (lower, "magnified")):
@@ -64,7 +64,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         legend: Any = {"loc": "lower left", "bbox_to_anchor": (0.005, 0.055), "ncols": 3, "columnspacing": 1.6}
         figure.legend(*lower.get_legend_handles_labels(), fontsize=9.5, **legend)
         model = str(records.key(record)).removeprefix("train ")
-        title = f"{model} on {record['corpus'].get('name')}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {unit}s seen"
+        title = f"{model} on {drawable(str(record['corpus'].get('name')))}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {unit}s seen"
         figure.suptitle(title, x=0.012, ha="left", fontweight="bold")
         caption = (
             f"{device['name']}, {device['cores']} cores, {device.get('dtype')}; torch {record['software'].get('torch')};"
@@ -72,6 +72,15 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         )
         figure.text(0.012, 0.018, caption, fontsize=9, color=GREY)
         figure.tight_layout(rect=(0, 0.21, 1, 1))
+
+
+def drawable(text: str) -> str:
+    """A user's text in a figure: at most 50 characters, with code points in place of those that the font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    text = text if len(text) <= 50 else f"{text[:49]}…"
+    return "".join(each if font.get_char_index(ord(each)) else f"U+{ord(each):04X}" for each in text)
 
 
 @contextmanager

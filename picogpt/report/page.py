@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from io import StringIO
 from pathlib import Path
@@ -38,6 +39,8 @@ def write_page(
     blocks: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(undefined=StrictUndefined, **blocks)
     environment.filters["excerpt"] = lambda text, length: text if len(text) <= length else text[:length] + " …"
+    environment.filters["fenced"] = lambda text: f"{_ticks(text, 3)}text\n{text}\n{_ticks(text, 3)}"
+    environment.filters["code"] = lambda text: f"{_ticks(text, 1)} {text} {_ticks(text, 1)}"
     measured, references = read_records(record_files), read_references(reference_files)
 
     def record(*names: str, **fields: str) -> Any:
@@ -58,3 +61,8 @@ def write_page(
     except (TemplateError, LookupError, TypeError, ValueError) as error:  # all but the first: a number is missing
         raise PicogptError(f"{template} cannot be filled in: {error}") from error
     write_text(out, page)
+
+
+def _ticks(text: str, least: int) -> str:
+    """Backticks that Markdown does not take for a part of `text`: more than it has in a row."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -1,5 +1,6 @@
 """The folder of a run: its lock, its results, and the checkpoint to resume from.
 
+.lock           held while it runs
 checkpoints/    last.pt, last.previous.pt, best.pt, metrics.jsonl: written while it runs, removed at its end
 best.pt         the weights with the lowest validation loss
 metrics.jsonl   losses by step
@@ -69,6 +70,8 @@ class RunFolder:
         Raises PicogptError when there is one of other settings, or that cannot be read, and `replace` is not given.
         """
         self.work.mkdir(exist_ok=True)
+        for incomplete in self.work.glob(".*.tmp"):  # of a process that was killed while it was writing
+            incomplete.unlink()
         # Listing the folder refreshes a network file system, which may cache that a file does not exist.
         if not {self.last.name, checkpoint.previous(self.last).name} & set(os.listdir(self.work)):
             return None
@@ -80,6 +83,8 @@ class RunFolder:
             state, warning = {}, f"{error}; starting over"
         if warning:
             warnings.warn(warning, stacklevel=2)
+            if state and self.last.exists():  # otherwise the next save would keep it in place of the good one
+                os.replace(self.last, self.last.with_name("last.damaged.pt"))
         if state.get("fingerprint") == self.fingerprint:
             return state
         self._refuse_unless(replace)

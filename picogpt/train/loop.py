@@ -155,7 +155,7 @@ class Trainer:
             p.step += 1
             ended = p.step == self.total_steps
             if p.step == first + 1:  # compilation happens here
-                self._charge("train_seconds")
+                self._add_time_to("train_seconds")
                 p.first_step_seconds += p.train_seconds - began
             if p.step % runtime.log_interval == 0 or ended:
                 self._log_interval(bar, log)
@@ -165,15 +165,16 @@ class Trainer:
                 bar.say(f"step {p.step}: {_listed(p.after)}")
                 if p.after["val_loss"] < p.best_val_loss:
                     self._keep_best(p.after["val_loss"])
-            stopped_by = int(self.world.all_reduce_max(self.stop_signals[0] if self.stop_signals else 0))
-            if p.step % runtime.checkpoint_interval == 0 or ended or stopped_by:
-                self._charge("train_seconds")
+            # Every rank learns of a signal that any rank got, so that all stop after the same step.
+            stop_signal = int(self.world.all_reduce_max(self.stop_signals[0] if self.stop_signals else 0))
+            if p.step % runtime.checkpoint_interval == 0 or ended or stop_signal:
+                self._add_time_to("train_seconds")
                 self._save()
-                self._charge("save_seconds")
-            if stopped_by and not ended:
-                name = signal.Signals(stopped_by).name
+                self._add_time_to("save_seconds")
+            if stop_signal and not ended:
+                name = signal.Signals(stop_signal).name
                 message = f"stopped by {name} at step {p.step} of {self.total_steps}; everything is saved in"
-                raise Interrupted(stopped_by, f"{message} {self.folder.work}")
+                raise Interrupted(stop_signal, f"{message} {self.folder.work}")
 
     def _step(self) -> torch.Tensor:
         """Make the next step; returns the mean loss of its batch over all ranks, on the device."""
@@ -217,7 +218,7 @@ class Trainer:
         """Log the mean loss and the throughput since the last line of the metrics."""
         p = self.progress
         self._read_losses()
-        self._charge("train_seconds")
+        self._add_time_to("train_seconds")
         mean = p.interval_loss / p.interval_steps
         rate = p.interval_steps * self.tokens_per_step / p.interval_seconds
         log(train_loss=mean, tokens_per_second=round(rate, 1))
@@ -226,13 +227,13 @@ class Trainer:
 
     def _evaluate(self, also_train: bool) -> dict[str, float]:
         """Exact losses of the current weights; raises PicogptError when one is not finite."""
-        self._charge("train_seconds")
+        self._add_time_to("train_seconds")
         losses = {"val_loss": evaluate(self.model, self.data.val.ids, self.device, world=self.world)}
         if also_train and self.config.eval_train != "none":
             count = len(self.data.val.ids) if self.config.eval_train == "part" else None
             ids = self.data.train.ids[:count]
             losses["train_loss_exact"] = evaluate(self.model, ids, self.device, world=self.world)
-        self._charge("eval_seconds")
+        self._add_time_to("eval_seconds")
         if not math.isfinite(losses["val_loss"]):
             raise self._not_finite(losses["val_loss"], self.progress.step)
         return losses
@@ -256,12 +257,12 @@ class Trainer:
             " A lower learning rate, a longer warm-up or train.grad_clip=1 usually helps."
         )
 
-    def _charge(self, account: str) -> None:
+    def _add_time_to(self, field: str) -> None:
         """Add the time since the last call to this field of `progress`."""
         hardware.synchronize(self.device)
         now = time.perf_counter()
-        setattr(self.progress, account, getattr(self.progress, account) + now - self._mark)
-        if account == "train_seconds":
+        setattr(self.progress, field, getattr(self.progress, field) + now - self._mark)
+        if field == "train_seconds":
             self.progress.interval_seconds += now - self._mark
         self._mark = now
 
@@ -290,7 +291,7 @@ class Trainer:
         p.best_val_loss, p.best_step = val_loss, p.step
         values = (self.experiment, data.vocab_size, data.corpus(), p.step, val_loss)
         self.world.broadcast_from_main(lambda: checkpoint.save_weights(self.folder.best, self.model, *values))
-        self._charge("save_seconds")
+        self._add_time_to("save_seconds")
 
     def _resume(self, replace: bool) -> None:
         """Load the last checkpoint, if there is one, on every rank."""
@@ -298,8 +299,11 @@ class Trainer:
         if state:
             checkpoint.check_tensors(self.model, state["model"], self.folder.last)
             self.model.load_state_dict(state["model"])
-            self.step.optimizer.load_state_dict(state["optimizer"])
-            self.progress = Progress(**state["progress"])
+            try:
+                self.step.optimizer.load_state_dict(state["optimizer"])
+                self.progress = Progress(**state["progress"])
+            except (TypeError, ValueError, KeyError) as error:
+                raise PicogptError(f"{self.folder.last} is damaged, or of another version: {error}") from error
         elif self.config.init == "pretrained":
             self.world.broadcast_from_main(
                 self._load_pretrained
@@ -367,11 +371,11 @@ class Trainer:
 
 @contextmanager
 def _stop_on_signals(received: list[int]) -> Iterator[None]:
-    """Collect the stop signals that arrive; a second one of the same kind has its usual effect at once.
+    """Collect the stop signals that arrive. A second Ctrl-C (or SIGTERM, ...) ends the process at once, without saving.
 
-    Not under torchrun: it forwards signals that SLURM or a terminal has already sent to all processes. The second one would
-    end a rank before the others have saved, and torchrun then ends the rest. There signals are collected to the end of the
-    process, because torchrun sends SIGTERM to all ranks when one has failed, and they must still say why they end.
+    Under torchrun signals are only collected, and to the end of the process. Ranks often get one twice, from SLURM or a
+    terminal and again from torchrun: dying at the second would lose the save. And torchrun sends SIGTERM to all ranks when
+    one has failed, while they still have to say why they end.
     """
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
@@ -384,9 +388,11 @@ def _stop_on_signals(received: list[int]) -> Iterator[None]:
         if not launched:
             signal.signal(number, previous[number])
 
-    # Under nohup SIGHUP is ignored, and stays so.
-    heard = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
-    previous = {int(number): signal.signal(number, remember) for number in heard}
+    previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
+    if previous[signal.SIGHUP] == signal.SIG_IGN:  # under nohup; other signals that a shell ignores are meant for us
+        del previous[signal.SIGHUP]
+    for number in previous:
+        signal.signal(number, remember)
     try:
         yield
     finally:
