@@ -11,6 +11,7 @@ import pytest
 from conftest import small_experiment
 
 from picogpt import checkpoint, models, plan, records
+from picogpt.cli.common import run_folder
 from picogpt.config import UsageError, load_experiment
 from picogpt.data.corpus import open_data, tokenize_chars, tokenize_gpt2
 from picogpt.data.tokenizers import CharTokenizer
@@ -226,3 +227,27 @@ def test_an_exported_model_has_the_permissions_of_the_umask(tmp_path: Path, gpt2
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+def test_commands_of_the_same_second_have_folders_of_their_own(tmp_path: Path):
+    with run_folder(tmp_path, None) as first, run_folder(tmp_path, None) as second:
+        assert first != second
+        (second / "file").touch()
+    assert [each.name for each in tmp_path.iterdir()] == [second.name]  # nothing was written into the first
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_closed_streams_stop_nothing(greek: Path, closed: str):
+    train = f"{sys.executable} -m picogpt train char-bigram --steps=2 --device=cpu --name=x --set runtime.compile=off {closed}>&-"
+    done = subprocess.run(["bash", "-c", train], cwd=greek, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (greek / "weights/char_bigram/x/record.json").exists()
+
+
+@pytest.mark.parametrize("program", [[sys.executable, "-m", "picogpt"], [str(Path(sys.executable).parent / "picogpt")]])
+def test_files_of_any_name_in_the_folder_change_nothing(greek: Path, program: list[str]):
+    for name in ("json.py", "torch.py", "click.py", "numpy.py", "weights.py"):
+        (greek / name).write_text("raise SystemExit('a file of the user was run')\n")
+    command = ["sample", "char-transformer", "-n", "5", "--device=cpu"]
+    done = subprocess.run([*program, *command], cwd=greek, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from picogpt import checkpoint, models, records
 from picogpt.config import Experiment
 from picogpt.errors import Interrupted, PicogptError
 from picogpt.hardware import Device
-from picogpt.train import loop
+from picogpt.train import loop, signals
 from picogpt.train.evaluate import evaluate
 from picogpt.train.loop import Trainer
 
@@ -127,7 +127,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(ignored: bool):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         received: list[int] = []
-        with loop._stop_on_signals(received):
+        with signals.collect_stop_signals(received):
             signal.raise_signal(signal.SIGHUP)
         assert received == ([] if ignored else [signal.SIGHUP])
     finally:
@@ -140,11 +140,11 @@ def test_a_second_signal_ends_the_process_unless_torchrun_passed_on_the_first_ag
     if launched:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     # A shell that starts the tests in the background has SIGINT ignored.
-    before = {number: signal.getsignal(number) for number in loop.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     received: list[int] = []
     try:
-        with loop._stop_on_signals(received):
+        with signals.collect_stop_signals(received):
             signal.raise_signal(signal.SIGINT)
             with nullcontext() if launched else pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,9 +56,26 @@ optional_option = click.option(
 )
 
 
-def now() -> str:
-    """A name for a run made by hand."""
-    return datetime.now().strftime("%Y%m%d_%H%M%S")
+@contextmanager
+def run_folder(parent: Path, name: str | None) -> Iterator[Path]:
+    """The folder `name` in `parent`; without a name a new one, called by the time, that no other command gets.
+
+    A new folder is removed again where nothing was written into it.
+    """
+    if name:
+        yield parent / name
+        return
+    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    for number in itertools.count(1):
+        folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def newest(patterns: Sequence[str], hint: str) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from picogpt.cli.common import RESOURCES, RUN_PATTERN, WEIGHTS, now
+from picogpt.cli.common import RESOURCES, RUN_PATTERN, WEIGHTS, run_folder
 from picogpt.errors import Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
@@ -145,8 +145,8 @@ def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: f
     from picogpt.data.corpus import first_corpus, tokenize_chars
 
     text = text or first_corpus(RESOURCES)
-    folder = WEIGHTS / "char_tokenizer" / (run or now())
-    data = tokenize_chars(text, folder, corpus, val_fraction, drop_unseen)
+    with run_folder(WEIGHTS / "char_tokenizer", run) as folder:
+        data = tokenize_chars(text, folder, corpus, val_fraction, drop_unseen)
     click.echo(f"{data.train.header.corpus}: {data.vocab_size} characters, {_counts(data)}: {folder}/")
 
 
@@ -166,8 +166,8 @@ def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fract
     from picogpt.data.corpus import first_corpus, tokenize_gpt2
 
     texts = texts or (first_corpus(RESOURCES),)
-    folder = WEIGHTS / "gpt2_tokenizer" / (run or now())
-    data = tokenize_gpt2(texts, folder, GPT2Tokenizer.fetched(RESOURCES), corpus, val_fraction, threads)
+    with run_folder(WEIGHTS / "gpt2_tokenizer", run) as folder:
+        data = tokenize_gpt2(texts, folder, GPT2Tokenizer.fetched(RESOURCES), corpus, val_fraction, threads)
     click.echo(f"{data.train.header.corpus}: {_counts(data, ' tokens')}: {folder}/")
 
 

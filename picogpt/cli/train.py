@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,9 @@ def train(
 
     from picogpt.train.loop import Trainer
 
-    with init_distributed(experiment.runtime.device) as world:
-        target = folder or world.broadcast_from_main(lambda: _folder(kind, run, token_data.train.header.corpus))
+    with init_distributed(experiment.runtime.device) as world, ExitStack() as held:
+        corpus = token_data.train.header.corpus
+        target = folder or world.broadcast_from_main(lambda: _folder(held, kind, run, corpus))
         trainer = Trainer(experiment, token_data, target, world, machines.name_of(hardware) if hardware else None)
         if hardware and machine:
             machines.require(hardware, machine, trainer.device, world.size)
@@ -129,14 +131,14 @@ def _batch(machine: MachineConfig, overrides: Sequence[str]) -> list[str]:
     return [f"{key}={value}" for key, value in batch.items()]
 
 
-def _folder(kind: str, run: str | None, corpus: str) -> Path:
+def _folder(held: ExitStack, kind: str, run: str | None, corpus: str) -> Path:
     """weights/KIND/RUN, for gpt2 with a folder for the corpus; after a restart by torchrun, that of the run that broke."""
-    note = _note(kind)
-    if run is None and note:  # torchrun may start the ranks again: they must find what they began
-        if not note.exists():
-            write_text(note, common.now())
+    note = None if run else _note(kind)
+    if note and note.exists():  # torchrun has started the ranks again: they must find what they began
         run = read_text(note)
-    folder = WEIGHTS / kind.replace("-", "_") / (run or common.now())
+    folder = held.enter_context(common.run_folder(WEIGHTS / kind.replace("-", "_"), run))
+    if note:
+        write_text(note, folder.name)
     return folder / own_name(corpus) if kind == "gpt2" else folder
 
 

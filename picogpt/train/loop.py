@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from picogpt.progress import Training
 from picogpt.train.distributed import World
 from picogpt.train.evaluate import evaluate
 from picogpt.train.folder import RunFolder
+from picogpt.train.signals import collect_stop_signals
 from picogpt.train.step import Step, Switches, micro_batch_size, tokens_at_once
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 CALLBACKS: list[Callable[[Trainer], None]] = []
 """Functions that every trainer calls before each step; `trainer.callbacks` holds those of one trainer."""
 
@@ -106,7 +105,7 @@ class Trainer:
 
         With `replace`, a run with other settings in the folder is deleted instead of refused.
         """
-        with ExitStack() as held, _stop_on_signals(self.stop_signals):
+        with ExitStack() as held, collect_stop_signals(self.stop_signals):
             self.world.broadcast_from_main(lambda: held.enter_context(self.folder.held()))
             if finished := self.world.broadcast_from_main(lambda: self.folder.finished(replace)):
                 return finished
@@ -367,38 +366,6 @@ class Trainer:
             "compiled": self.step.compiled,
             "results": results,
         }
-
-
-@contextmanager
-def _stop_on_signals(received: list[int]) -> Iterator[None]:
-    """Collect the stop signals that arrive. A second Ctrl-C (or SIGTERM, ...) ends the process at once, without saving.
-
-    Under torchrun signals are only collected, and to the end of the process. Ranks often get one twice, from SLURM or a
-    terminal and again from torchrun: dying at the second would lose the save. And torchrun sends SIGTERM to all ranks when
-    one has failed, while they still have to say why they end.
-    """
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-
-    def remember(number: int, frame: object) -> None:
-        received.append(number)
-        if number == signal.SIGHUP:  # the terminal was closed: writing to it would fail before the checkpoint is saved
-            for descriptor in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        if not launched:
-            signal.signal(number, previous[number])
-
-    previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
-    if previous[signal.SIGHUP] == signal.SIG_IGN:  # under nohup; other signals that a shell ignores are meant for us
-        del previous[signal.SIGHUP]
-    for number in previous:
-        signal.signal(number, remember)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            if not launched:
-                signal.signal(number, handler)
 
 
 def _listed(losses: dict[str, float]) -> str:
