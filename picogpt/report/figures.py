@@ -64,7 +64,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         legend: Any = {"loc": "lower left", "bbox_to_anchor": (0.005, 0.055), "ncols": 3, "columnspacing": 1.6}
         figure.legend(*lower.get_legend_handles_labels(), fontsize=9.5, **legend)
         model = str(records.key(record)).removeprefix("train ")
-        title = f"{model} on {drawable(str(record['corpus'].get('name')))}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {unit}s seen"
+        title = f"{model} on {drawable(str(record['corpus'].get('name')), 26)}: {results['parameters']:,} parameters, {results['tokens'] / 1e6:.1f} M {unit}s seen"
         figure.suptitle(title, x=0.012, ha="left", fontweight="bold")
         caption = (
             f"{device['name']}, {device['cores']} cores, {device.get('dtype')}; torch {record['software'].get('torch')};"
@@ -74,13 +74,13 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
         figure.tight_layout(rect=(0, 0.21, 1, 1))
 
 
-def drawable(text: str) -> str:
-    """A user's text in a figure: at most 50 characters, with code points in place of those that the font lacks."""
+def drawable(text: str, most: int) -> str:
+    """A user's text in a figure: at most `most` characters, with code points in place of those that the font lacks."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))
-    text = text if len(text) <= 50 else f"{text[:49]}…"
-    return "".join(each if font.get_char_index(ord(each)) else f"U+{ord(each):04X}" for each in text)
+    text = "".join(each if font.get_char_index(ord(each)) else f"U+{ord(each):04X}" for each in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def _texts(ladder: Ladder, bars: dict[str, dict[str, Any]], marks: bool, target:
     """Title, subtitle and caption of the figure."""
     parameters = next((bar["parameters"] for bar in bars.values()), 124_439_808)
     model = f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"of {parameters:,} parameters"
-    title = "Training GPT-2 {} on {}: B={}, T={}".format(model, drawable(ladder.machine.title), *ladder.shape)
+    title = "Training GPT-2 {} on {}: B={}, T={}".format(model, drawable(ladder.machine.title, 50), *ladder.shape)
     if not bars:
         found = "records without a baseline" if ladder.rungs else "no records of this run, and no reference records"
         caption = "published: the write-up of which this is a reproduction; config/published.csv has its numbers"
