@@ -45,7 +45,7 @@ class Configuration(Settings, extra="ignore"):
         if value is None or isinstance(value, str | list):
             return value
         raise ValueError(
-            f"YAML reads this as {value!r}, which is no text: quote it, as in --config 'run=\"20260210_183518\"'"
+            f"YAML reads this as {value!r}, which is no text: put it in quotes in a file for --configfile, or use letters"
         )
 
     size: Literal["auto", "cpu", "gpu"] = "auto"
@@ -175,6 +175,8 @@ def _text(corpus: list[str] | str) -> tuple[str, str]:
     if isinstance(corpus, list) or (corpus in fetch.registry() and not Path(corpus).is_file()):
         return str(RESOURCES / "corpus.txt"), corpus[0] if isinstance(corpus, list) else corpus
     path = Path(corpus)
+    if {"{", "}"} & set(corpus):
+        raise UsageError(f"corpus: {corpus}: Snakemake takes braces in a path for a wildcard: rename the file")
     if not path.is_file():
         # Otherwise the tokens of another text, where an earlier run has left some, would be used without a word.
         names = ", ".join(name for name, asset in fetch.registry().items() if asset.kind == "corpus")

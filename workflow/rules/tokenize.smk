@@ -13,7 +13,7 @@ rule tokenize_char:
     vocabulary comes from the training part alone.
     """
     input:
-        text=lambda wildcards: PLAN["text"],  # a function: braces in its name are no wildcards
+        text=PLAN["text"],
     output:
         multiext(f"{TOKENS}/", "tokenizer.json", "train.bin", "val.bin"),
     log:
@@ -37,7 +37,7 @@ rule tokenize_gpt2:
     models are evaluated on the same text.
     """
     input:
-        text=lambda wildcards: PLAN["text"],  # a function: braces in its name are no wildcards
+        text=PLAN["text"],
         ranks="resources/gpt2.tiktoken",
     output:
         multiext(f"{GPT2_TOKENS}/", "train.bin", "val.bin"),
