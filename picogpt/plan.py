@@ -15,7 +15,6 @@ from pydantic import Field, field_validator
 from picogpt import hardware, machines
 from picogpt.config import Settings, load_experiment, model_file, parse, read_yaml
 from picogpt.data import fetch
-from picogpt.data.fetch import Answer, endpoint, read_status
 from picogpt.errors import UsageError
 from picogpt.files import own_name
 
@@ -250,11 +249,11 @@ def _machine(asked: Configuration, name: str, argument: str) -> MachinePlan:
 
 def _hub_attempt(names: list[str]) -> int:
     """The number of the last attempt, plus one unless each file is here or was refused by this hub."""
-    status = read_status(RESOURCES / "hub.json")
+    status = fetch.read_status(RESOURCES / "hub.json")
     if status is None:
         return 1
-    answers = [status.files.get(name, Answer(state="unreachable")) for name in names]
+    answers = [status.files.get(name, fetch.Answer(state="unreachable")) for name in names]
     here = [answer.state == "here" and Path(str(answer.path)).exists() for answer in answers]
-    refused = [answer.state == "refused" and status.endpoint == endpoint() for answer in answers]
+    refused = [answer.state == "refused" and status.endpoint == fetch.endpoint() for answer in answers]
     settled = [known or final for known, final in zip(here, refused, strict=True)]
     return status.attempt + (not all(settled))

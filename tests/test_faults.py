@@ -12,11 +12,12 @@ from conftest import small_experiment
 
 from picogpt import checkpoint, models, plan, records
 from picogpt.cli.common import run_folder
-from picogpt.config import UsageError, load_experiment
+from picogpt.config import GPT2Config, load_experiment
 from picogpt.data.corpus import open_data, tokenize_chars, tokenize_gpt2
 from picogpt.data.tokenizers import CharTokenizer
 from picogpt.data.tokens import open_tokens, write_tokens
-from picogpt.errors import PicogptError
+from picogpt.errors import PicogptError, UsageError
+from picogpt.export import export_folder
 from picogpt.files import own_name
 from picogpt.progress import Training
 from picogpt.report.figures import draw_loss_curve, drawable
@@ -216,9 +217,6 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(tokens, tmp_
 
 
 def test_an_exported_model_has_the_permissions_of_the_umask(tmp_path: Path, gpt2):
-    from picogpt.config import GPT2Config
-    from picogpt.export import export_folder
-
     model = models.build(GPT2Config(kind="gpt2", n_layer=1, n_head=1, n_embd=4, block_size=8), gpt2.vocab_size, 1)
     before = os.umask(0o027)
     try:

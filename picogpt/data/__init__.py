@@ -1,1 +1,1 @@
-"""Data: assets from outside, tokenizers, token files, the order of batches."""
+"""Data: downloads, tokenizers, token files, the order of batches."""

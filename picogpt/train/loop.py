@@ -304,9 +304,8 @@ class Trainer:
             except (TypeError, ValueError, KeyError) as error:
                 raise PicogptError(f"{self.folder.last} is damaged, or of another version: {error}") from error
         elif self.config.init == "pretrained":
-            self.world.broadcast_from_main(
-                self._load_pretrained
-            )  # other ranks get the weights from the distributed wrapper
+            # The other ranks get the weights from rank 0 when the distributed wrapper is made.
+            self.world.broadcast_from_main(self._load_pretrained)
         self.progress.sessions += 1
         self.world.broadcast_from_main(lambda: self.folder.cut_metrics(self.progress.step))
 
