@@ -235,19 +235,17 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else installed.parents[1] / "config"
 
 
-def model_file(name: str | Path, size: str = "cpu") -> str | Path:
+def model_file(name: str | Path) -> str | Path:
     """The settings file that `name` stands for: a path, or the name of a file in `config/models/` such as gpt2_fineweb.
 
-    `size` (cpu or gpu) chooses between the files of a model that has two. A model without a file, which has its defaults,
-    stays a name. Raises UsageError, listing the names, when there is none of this name.
+    A model without a file, which has its defaults, stays a name. Raises UsageError, listing the names, when there is none.
     """
     path, folder = Path(name), config_folder() / "models"
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
-    stem = str(name).replace("-", "_")
-    for file in (folder / f"{stem}.yaml", folder / f"{stem}_{size}.yaml"):
-        if file.exists():
-            return file
+    file = folder / f"{str(name).replace('-', '_')}.yaml"
+    if file.exists():
+        return file
     if name in MODELS:
         return name
     names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))

@@ -28,15 +28,13 @@ class Device:
         return self.torch_name.partition(":")[0]
 
 
-def size_of_machine() -> str:
-    """gpu if there is a usable GPU, else cpu; without an NVIDIA driver it does not load torch."""
-    if nvidia_gpus():
-        import torch  # may be a build for CPUs, or too new for the driver; takes seconds to load
+def usable_gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that torch can use; without an NVIDIA driver it does not load torch."""
+    if not nvidia_gpus():
+        return []
+    import torch  # may be a build for CPUs, or too new for the driver; takes seconds to load
 
-        usable = torch.cuda.is_available()
-    else:
-        usable = (platform.system(), platform.machine()) == ("Darwin", "arm64")
-    return "gpu" if usable else "cpu"
+    return list(nvidia_gpus()) if torch.cuda.is_available() else []
 
 
 @cache

@@ -42,8 +42,8 @@ def name_of(name: str) -> str:
 
 def here() -> tuple[str, list[str]]:
     """(device type, names) of the devices for training: the GPUs that torch can use, or else the CPU."""
-    gpus = hardware.nvidia_gpus()
-    return ("cuda", list(gpus)) if gpus and hardware.size_of_machine() == "gpu" else ("cpu", [hardware.cpu_name()])
+    gpus = hardware.usable_gpus()
+    return ("cuda", gpus) if gpus else ("cpu", [hardware.cpu_name()])
 
 
 def fitting() -> list[str]:

@@ -47,8 +47,7 @@ class Configuration(Settings, extra="ignore"):
             f"YAML reads this as {value!r}, which is no text: put it in quotes in a file for --configfile, or use letters"
         )
 
-    size: Literal["auto", "cpu", "gpu"] = "auto"
-    gpus: Literal["auto"] | Annotated[int, Field(ge=1, strict=True)] = "auto"
+    gpus: Literal["auto"] | Annotated[int, Field(ge=0, strict=True)] = "auto"
     gpu_model: str | dict[str, str] = ""
     char_bigram: ModelPart = ModelPart()
     char_transformer: ModelPart = ModelPart()
@@ -112,16 +111,17 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     """
     asked = parse(Configuration, tree, source)
     text, corpus = _text(asked.corpus)
-    size = hardware.size_of_machine() if asked.size == "auto" else asked.size
+    here = len(hardware.usable_gpus())
+    gpus = here if asked.gpus == "auto" else asked.gpus
     models = {}
     for name in ("char_bigram", "char_transformer", "gpt2"):
         part: ModelPart = getattr(asked, name)
-        shipped = part.config == "auto"
-        file = model_file(name, size) if shipped else model_file(part.config)
+        file = model_file(name if part.config == "auto" else part.config)
         batch_size = load_experiment(file, part.set).train.batch_size
-        option = f"--size={size}" if shipped else f"--config={part.config}"
-        models[name] = TrainingPlan(file=[option], settings=_deciding(file))
-    gpt2 = _job(asked, "default", size == "gpu", _ranks(asked, size, batch_size))  # gpt2 was the last of the loop
+        models[name] = TrainingPlan(
+            file=[] if part.config == "auto" else [f"--config={part.config}"], settings=_deciding(file)
+        )
+    gpt2 = _job(asked, "default", gpus > 0, _ranks(asked, gpus, batch_size))  # gpt2 was the last of the loop
     arguments = machines.fitting() if asked.ladder.hardware == "auto" else asked.ladder.hardware
     measured = {machines.name_of(argument): argument for argument in arguments}
     if odd := [name for name in measured if not re.fullmatch("[A-Za-z0-9_-]+", name)]:
@@ -132,13 +132,13 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     long_trainings = [name for name in measured if known[name].training]
     fineweb = Path("weights/gpt2_tokenizer") / asked.run / "fineweb-edu/manifest.json"
     from_hub = ["pretrained", *(["fineweb-edu/0"] if long_trainings and not fineweb.exists() else [])]
-    resolvable = {"size": asked.size, "gpus": asked.gpus, "ladder: hardware": asked.ladder.hardware}
+    resolvable = {"gpus": asked.gpus, "ladder: hardware": asked.ladder.hardware}
     return Plan(
         text=text,
         corpus=corpus,
         detected=[key for key, value in resolvable.items() if value == "auto"],
-        fast_dtype=_fast_dtype(size),
-        resources=_job(asked, "default", size == "gpu").resources,
+        fast_dtype=_fast_dtype(gpus, here),
+        resources=_job(asked, "default", gpus > 0).resources,
         models=models,
         gpt2=gpt2,
         ladder_model=json.dumps(read_yaml(model_file("gpt2"))["model"], sort_keys=True),
@@ -189,21 +189,18 @@ def _deciding(file: str | Path) -> str:
     return json.dumps({key: value for key, value in read_yaml(file).items() if key != "runtime"}, sort_keys=True)
 
 
-def _ranks(asked: Configuration, size: str, batch_size: int) -> int:
+def _ranks(asked: Configuration, gpus: int, batch_size: int) -> int:
     """The largest number of available GPUs that divides the batch of GPT-2's training, or the configured number."""
-    if size == "cpu":
-        return 1
-    gpus = len(hardware.nvidia_gpus()) if asked.gpus == "auto" else asked.gpus
     fitting = [ranks for ranks in range(1, min(gpus, batch_size) + 1) if batch_size % ranks == 0]
-    if asked.gpus != "auto" and gpus not in fitting:
+    if asked.gpus != "auto" and gpus and gpus not in fitting:
         must = f"must divide train.batch_size of gpt2, which is {batch_size}"
         raise UsageError(f"gpus: {gpus} {must}: use {', '.join(map(str, fitting))}, or change train.batch_size")
     return max(fitting, default=1)
 
 
-def _fast_dtype(size: str) -> str:
-    if size != hardware.size_of_machine():  # the job runs on another machine
-        return {"gpu": "bfloat16", "cpu": "float32"}[size]
+def _fast_dtype(gpus: int, here: int) -> str:
+    if (gpus > 0) != (here > 0):  # the job runs on another machine
+        return "bfloat16" if gpus else "float32"
     # A CPU is described without torch, which takes seconds to load.
     return hardware.select("cpu" if machines.here()[0] == "cpu" else "auto").dtype
 

@@ -263,7 +263,7 @@ class Pipeline:
         resources = profile["default-resources"]
         del resources["slurm_account"]  # this cluster does no accounting
         resources.update({"slurm_partition": partition, **({"slurm_account": account} if account else {})})
-        profile["config"].update(size="cpu", ladder={"hardware": list(hardware)})
+        profile["config"].update(gpus=0, ladder={"hardware": list(hardware)})
         profile.update({"slurm-init-seconds-before-status-checks": 1, "slurm-status-command": "squeue"}, **changes)
         (self.folder / "profile").mkdir()
         (self.folder / "profile/profile.yaml").write_text(yaml.safe_dump(profile))

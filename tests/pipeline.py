@@ -36,7 +36,7 @@ SMALL = {
     },
     "fineweb": {"shards": 1},
     "run": "pipeline",
-    "size": "cpu",
+    "gpus": 0,
     "ladder": {"hardware": ["box.yaml"], "set": SMALL_GPT},
 }  # fmt: skip
 BOX = {

@@ -12,7 +12,7 @@ from picogpt.errors import PicogptError, UsageError
 from picogpt.registry import MODELS, settings_class
 
 GOOD = {"model": {"kind": "char-bigram"}, "train": {"steps": 5}}
-GPT2 = ROOT / "config/models/gpt2_gpu.yaml"
+GPT2 = ROOT / "config/models/gpt2.yaml"
 
 
 @pytest.fixture
@@ -31,15 +31,14 @@ def test_shipped_settings_are_valid_and_named_after_their_model(path: Path):
     assert path.stem.startswith(experiment.model.kind.replace("-", "_"))
 
 
-@pytest.mark.parametrize("size", ["cpu", "gpu"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_model_has_settings_for_every_size(kind: str, size: str):
-    assert config.load_experiment(config.model_file(kind, size)).model.kind == kind
+def test_every_model_has_one_file_of_settings_for_all_devices(kind: str):
+    assert config.load_experiment(config.model_file(kind)).model.kind == kind
 
 
 def test_settings_are_named_by_a_path_or_by_the_name_of_a_shipped_file(monkeypatch, tmp_path: Path):
     assert config.model_file("gpt2_fineweb") == ROOT / "config/models/gpt2_fineweb.yaml"
-    assert config.model_file("char-transformer", "gpu").name == "char_transformer_gpu.yaml"
+    assert config.model_file("char-transformer").name == "char_transformer.yaml"
     for path in ("mine.yaml", "folder/mine"):
         assert config.model_file(path) == Path(path)
     names = "no settings called mine: give the path of a YAML file, or one of char_bigram"
@@ -136,7 +135,7 @@ def test_the_schema_describes_every_key_of_the_configuration_and_accepts_it():
     jsonschema.validate(shipped, schema)
     assert undescribed(schema) == []
     assert set(schema["properties"]) == set(shipped)
-    for wrong in ({"corpuss": "x"}, {"run": "a/b"}, {"gpus": 0}, {"gpt2": {**shipped["gpt2"], "dtypes": ["int4"]}}):
+    for wrong in ({"corpuss": "x"}, {"run": "a/b"}, {"gpus": -1}, {"gpt2": {**shipped["gpt2"], "dtypes": ["int4"]}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**shipped, **wrong}, schema)
 

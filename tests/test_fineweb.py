@@ -156,7 +156,7 @@ def test_by_hand_from_the_hub_to_a_training(hub: Hub, picogpt, gpt2_resources: P
         assert "documents 100/100" in run.err
     data = "weights/gpt2_tokenizer/fineweb-edu"
     tiny = [f"--set=model.{key}" for key in ("n_layer=1", "n_head=2", "n_embd=8", "block_size=32")]
-    command = ["train", "gpt2", "--data", data, "--run", "a", "--steps", 2, "--size", "cpu", "--device", "cpu", *tiny]
+    command = ["train", "gpt2", "--data", data, "--run", "a", "--steps", 2, "--device", "cpu", *tiny]
     unjoined = picogpt(*command)
     assert (unjoined.status, "has shards that were not joined" in unjoined.err) == (1, True)
     run = picogpt("tokenize", "fineweb-edu", "--join", 2)

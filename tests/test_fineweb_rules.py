@@ -44,7 +44,7 @@ def test_the_rules(tmp_path: Path, gpt2_resources: Path):
     (folder / "resources").mkdir(parents=True)
     shutil.copy(gpt2_resources / "gpt2.tiktoken", folder / "resources")
     settings = {
-        **SMALL, "size": "cpu", "ladder": {"hardware": ["pair.yaml"]},
+        **SMALL, "ladder": {"hardware": ["pair.yaml"]},
         "fineweb": {"shards": 2, "val_documents": HELD_OUT, "set": TINY},
     }  # fmt: skip
     (folder / "pair.yaml").write_text(yaml.safe_dump(PAIR))

@@ -20,7 +20,7 @@ TREE = {
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(hardware, "nvidia_gpus", lambda: names)
-    monkeypatch.setattr(hardware, "size_of_machine", lambda: "gpu" if names else "cpu")
+    monkeypatch.setattr(hardware, "usable_gpus", lambda: list(names))
 
 
 def set_or_unset(monkeypatch: pytest.MonkeyPatch, variable: str, value: str | None) -> None:
@@ -97,8 +97,8 @@ def test_another_device_or_number_of_ranks_is_refused(name: str, device: str, me
 
 
 def test_gpus_that_torch_cannot_use_are_not_planned_for(monkeypatch):
-    gpus(monkeypatch, "NVIDIA A30")
-    monkeypatch.setattr(hardware, "size_of_machine", lambda: "cpu")  # a build of torch for CPUs
+    monkeypatch.setattr(hardware, "nvidia_gpus", lambda: ("NVIDIA A30",))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # a build of torch for CPUs
     assert machines.fitting() == ["cpu"]
 
 

@@ -115,9 +115,9 @@ def test_orthogonalize_brings_every_singular_value_near_one(shape: tuple, has_bf
     # Many times slower where there are no instructions for it.
     assert torch.equal(result, result.bfloat16().float()) == has_bfloat16
     values = torch.linalg.svdvals(result)
-    assert 0.5 < values.min() < values.max() < 1.4
+    assert 0.3 < values.min() < values.max() < 1.55
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(result.flatten(), (u @ v).flatten(), dim=0) > 0.95
+    assert torch.nn.functional.cosine_similarity(result.flatten(), (u @ v).flatten(), dim=0) > 0.93
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

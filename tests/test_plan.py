@@ -29,9 +29,9 @@ def test_on_a_cpu(monkeypatch):
     gpus(monkeypatch)
     made = make()
     assert (made.text, made.corpus) == ("resources/corpus.txt", "tinyshakespeare")
-    assert made.detected == ["size", "gpus", "ladder: hardware"]
+    assert made.detected == ["gpus", "ladder: hardware"]
     assert list(made.models) == ["char_bigram", "char_transformer", "gpt2"]
-    assert {model.file[0] for model in made.models.values()} == {"--size=cpu"}
+    assert all(model.file == [] for model in made.models.values())  # the shipped settings
     assert json.loads(made.models["gpt2"].settings).keys() == {"model", "train"}  # how it runs decides no result
     assert made.gpt2.launch == "picogpt"
     resources = made.resources
@@ -43,7 +43,7 @@ def test_on_a_cpu(monkeypatch):
 def test_on_a_cluster_every_machine_asks_for_its_own(monkeypatch):
     gpus(monkeypatch)  # the machine that submits
     models = {"h100x16": "hopper", "default": "any"}
-    made = make(size="gpu", gpus=4, gpu_model=models, ladder={"hardware": ["h100x2", "h100x16", "cpu"]})
+    made = make(gpus=4, gpu_model=models, ladder={"hardware": ["h100x2", "h100x16", "cpu"]})
     assert (made.detected, made.fast_dtype) == ([], "bfloat16")
     requested = made.gpt2.resources
     assert (requested["gpu"], requested["gpu_model"], requested["cpus_per_task"]) == (4, "any", 32)
@@ -78,7 +78,7 @@ def test_a_rung_depends_on_those_before_it_and_not_on_the_title():
 @pytest.mark.parametrize(("here", "ranks"), [(1, 1), (2, 2), (3, 2), (6, 4)])
 def test_as_many_gpus_train_as_divide_the_batch(monkeypatch, here: int, ranks: int):
     gpus(monkeypatch, *["NVIDIA L40S"] * here)
-    monkeypatch.setattr(plan, "_fast_dtype", lambda size: "bfloat16")
+    monkeypatch.setattr(plan, "_fast_dtype", lambda gpus, here: "bfloat16")
     assert make().gpt2.ranks == ranks
     assert make(gpt2={"set": ["train.batch_size=1"]}).gpt2.ranks == 1
 
@@ -107,14 +107,13 @@ def test_the_text_is_a_registered_one_or_the_users_own(tmp_path: Path, corpus, t
         ({"gpt2": None}, "gpt2=null: input should be a valid dictionary"),
         ({"gpt2": {"set": ["train.batch_size=x"]}}, 'train.batch_size="x": input should be a valid integer'),
         ({"gpt2": {"set": ["train=[1]"]}}, "train=[1]: input should be a valid dictionary"),
-        ({"size": "gpu", "gpus": 3}, "gpus: 3 must divide train.batch_size of gpt2, which is 16: use 1, 2, or change"),
-        ({"size": "gpu", "gpus": 10**9}, "gpus: 1000000000 must divide train.batch_size of gpt2, which is 16"),
+        ({"gpus": 3}, "gpus: 3 must divide train.batch_size of gpt2, which is 4: use 1, 2, or change"),
+        ({"gpus": 10**9}, "gpus: 1000000000 must divide train.batch_size of gpt2, which is 4"),
         ({"corpus": []}, "corpus=[]: list should have at least 1 item"),
         ({"corpus": ""}, 'corpus="": string should have at least 1 character'),
         ({"run": "../../x"}, 'run="../../x": string should match pattern'),
-        ({"gpus": 0}, "gpus=0: input should be greater than or equal to 1"),
+        ({"gpus": -1}, "gpus=-1: input should be greater than or equal to 0"),
         ({"gpus": True}, "gpus=true: input should be a valid integer"),
-        ({"size": "huge"}, "size=\"huge\": input should be 'auto', 'cpu' or 'gpu'"),
         ("corpus: [", "the configuration is not YAML"),
         ("- 1", "the configuration must hold a mapping"),
         ("", "a mapping"),

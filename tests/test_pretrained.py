@@ -190,7 +190,7 @@ def test_the_commands(working: Path, picogpt):
 
 
 def test_fine_tuning_keeps_the_better_weights_and_asks_for_them_once(hub, working: Path, picogpt, monkeypatch):
-    tune = ["train", "gpt2", "--init=pretrained", "--steps=2", "--size=cpu", "--set=train.learning_rate=0.01", *SHAPE]
+    tune = ["train", "gpt2", "--init=pretrained", "--steps=2", "--set=train.learning_rate=0.01", *SHAPE]
 
     def results(run: str) -> dict:
         return json.loads((working / f"weights/gpt2/{run}/long/record.json").read_text())["results"]

@@ -146,7 +146,7 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
     tree = copy_source(tmp_path / "picogpt", "picogpt", *WORKFLOW, "Makefile", "pyproject.toml", "constraints.txt")
     for path in (tree / "config/models").glob("*.yaml"):
         rewrite(path, smaller)
-    shipped = {"size": "auto", "ladder": {**SMALL["ladder"], "hardware": "auto"}}
+    shipped = {"gpus": "auto", "ladder": {**SMALL["ladder"], "hardware": "auto"}}
     rewrite(tree / "config/config.yaml", lambda settings: {**settings, **SMALL, **shipped})
     few = {"block_size": 16, "steps": 3, "rungs": ["baseline", "fused_loss"]}
     rewrite(tree / "config/hardware/cpu.yaml", lambda machine: {**machine, **few})

@@ -335,7 +335,7 @@ def test_what_cannot_run_says_what_to_change(pipelines, cluster: Cluster, prepar
         assert refused in out
         assert advice in out
     # The list of the profile is gone, and this machine would speak for the cluster.
-    out = pipeline.run(BIGRAM, "--config", "size=cpu", status=1)
+    out = pipeline.run(BIGRAM, "--config", "gpus=0", status=1)
     assert "gpus: auto, ladder: hardware: auto would describe this machine" in out
 
 

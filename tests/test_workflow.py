@@ -271,7 +271,7 @@ def test_all_machines_of_the_write_up_are_planned_on_a_cluster(tmp_path: Path):
     names = sorted(name for name, _ in machines)
     # What a cluster may call them; where nothing is said, any GPU serves.
     models = {"h100": "hopper", "h100x16": "sxm", "a30": "ampere", "default": "cheap"}
-    values = ["size=gpu", "gpus=2", f"gpu_model={json.dumps(models)}", f"ladder={{hardware: [{', '.join(names)}]}}"]
+    values = ["gpus=2", f"gpu_model={json.dumps(models)}", f"ladder={{hardware: [{', '.join(names)}]}}"]
     configure(tmp_path)
     plan = " ".join(snakemake(tmp_path, "-n", "-p", "--workflow-profile", "slurm", "--config", *values).split())
     ranks = "torchrun --nproc_per_node=2 --max-restarts=1 --shutdown-timeout=100 --standalone -m picogpt train gpt2"

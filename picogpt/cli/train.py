@@ -48,9 +48,6 @@ class TrainCommand(click.Command):
 @click.option("--name", "--run", "run", help=f"{common.RUN_PATTERN} An interrupted run continues under its name.")
 @click.option("--folder", type=PATH, help="Folder of the run, in place of weights/KIND/RUN/.")
 @click.option("--config", help="YAML file of settings, or a name in config/models/. [default: of the model]")
-@click.option(
-    "--size", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="Shipped settings for a CPU or for a GPU."
-)
 @common.set_option
 @click.option("--seed", type=int, help="Short for --set train.seed=N.")
 @click.option("--steps", type=int, help="Short for --set train.steps=N.")
@@ -78,7 +75,6 @@ def train(
     from picogpt import machines
     from picogpt.config import load_experiment, model_file
     from picogpt.data.corpus import open_data
-    from picogpt.hardware import size_of_machine
     from picogpt.train.distributed import init_distributed
 
     overrides = [*options["overrides"]]
@@ -86,8 +82,7 @@ def train(
     machine = machines.load(hardware) if hardware else None
     if machine:
         overrides += _batch(machine, overrides)
-    size = size_of_machine() if options["size"] == "auto" else options["size"]
-    experiment = load_experiment(model_file(options["config"] or kind, size), overrides)
+    experiment = load_experiment(model_file(options["config"] or kind), overrides)
     if experiment.model.kind != kind:
         raise UsageError(f"{options['config']} describes a {experiment.model.kind}, not a {kind}")
     token_data = open_data(data or common.token_folder(kind))
