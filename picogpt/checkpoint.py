@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from picogpt import models
 from picogpt.config import Experiment, parse
@@ -97,10 +96,16 @@ class Weights:
 
 
 def save_weights(
-    path: Path, model: nn.Module, experiment: Experiment, vocab_size: int, corpus: dict, step: int, val_loss: float
+    path: Path,
+    state: dict[str, torch.Tensor],
+    experiment: Experiment,
+    vocab_size: int,
+    corpus: dict,
+    step: int,
+    val_loss: float,
 ) -> None:
-    """Write `best.pt` atomically."""
-    values = (experiment.model_dump(), vocab_size, corpus, step, val_loss, model.state_dict())
+    """Write `best.pt` atomically: the state_dict of a model and what belongs to it."""
+    values = (experiment.model_dump(), vocab_size, corpus, step, val_loss, state)
     _save(path, {"content": "weights", **dict(zip(WEIGHTS, values, strict=True))})
 
 

@@ -122,6 +122,9 @@ class TrainConfig(Settings):
     batch_size: int = setting(16, "sequences per optimizer step, over all ranks", ge=1)
     micro_batch_size: int | None = setting(None, "sequences of a forward pass on a rank; default: by device", ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; auto: bfloat16 where fast")
+    residual_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of GPT-2's residual stream, where matrix products are in bfloat16: half its memory traffic"
+    )
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: for the matrices of the blocks; AdamW for the rest")
     learning_rate: float = setting(3e-3, "peak learning rate of AdamW", gt=0)
     embedding_learning_rate: float | None = setting(None, "for the embeddings; default: learning_rate", gt=0)
@@ -151,7 +154,10 @@ class RuntimeConfig(Settings):
     """How to run: where, how fast, how chatty. A run can be resumed under other values."""
 
     device: str = setting("auto", "device: auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile; auto: on, or eager where it does not work")
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "torch.compile; auto: for 10 million tokens and more, where it works; a shorter training would wait longer",
+    )
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -183,6 +189,8 @@ class Experiment(Settings):
     def fingerprint(self, vocab_size: int, data_sha256: str) -> str:
         """Hash of all that decides the learned weights: model, training, data; not of `runtime`."""
         train = self.train.model_dump(exclude={"micro_batch_size"})
+        if train["residual_dtype"] == "float32":  # as in runs that are older than this setting
+            del train["residual_dtype"]
         identity = [self.model.model_dump(), train, vocab_size, data_sha256]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -71,6 +71,7 @@ RUNGS = {
     "fused_adamw": Rung("+ fused AdamW, decay groups", {"fused_optimizer": True}),
     "fused_loss": Rung("+ fused head and loss", {"loss": "fused"}),
     "best_attention": Rung("+ fastest attention kernel", {"attention": "fastest"}),
+    "bf16_residual": Rung("+ bfloat16 residual stream", {"residual": "bfloat16"}, "bfloat16"),
     "kept_memory": Rung("+ malloc keeps freed memory", {"keep_memory": True}, "CPU"),
     "cuda_graphs": Rung("+ CUDA graphs", {"compile": "reduce-overhead"}, "GPU"),
     "max_autotune": Rung("+ max-autotune", {"compile": "max-autotune"}, "GPU"),

@@ -17,7 +17,7 @@ from picogpt.errors import PicogptError
 def best(tmp_path: Path) -> Path:
     experiment = small_experiment()
     model = models.build(experiment.model, 20, 1)
-    save_weights(tmp_path / "best.pt", model, experiment, 20, {"tokenizer_sha256": "0"}, 30, 1.5)
+    save_weights(tmp_path / "best.pt", model.state_dict(), experiment, 20, {"tokenizer_sha256": "0"}, 30, 1.5)
     return tmp_path / "best.pt"
 
 
@@ -128,7 +128,9 @@ def test_gpt2_is_loaded_with_the_tokenizer_in_resources(gpt2, gpt2_resources: Pa
     (tmp_path / "resources").symlink_to(gpt2_resources)
     experiment = Experiment(model=gpt2_config(), train={"steps": 1})
     built = models.build(experiment.model, gpt2.vocab_size, 0)
-    save_weights(tmp_path / "best.pt", built, experiment, gpt2.vocab_size, {"tokenizer_sha256": gpt2.sha256}, 1, 1.0)
+    save_weights(
+        tmp_path / "best.pt", built.state_dict(), experiment, gpt2.vocab_size, {"tokenizer_sha256": gpt2.sha256}, 1, 1.0
+    )
     model, tokenizer = models.load("best.pt")
     assert torch.equal(model.wte.weight, built.wte.weight)
     assert tokenizer.encode("the king").tolist() == gpt2.encode("the king").tolist()

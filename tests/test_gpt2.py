@@ -1,5 +1,8 @@
 """GPT-2 is the reference implementation's, to the last digits; its kernels compute the same."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,33 @@ def test_the_fused_loss_is_cross_entropy_whatever_is_held_at_once(monkeypatch, v
         assert torch.allclose(ours, theirs, atol=1e-6)
     with torch.no_grad():
         assert linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_kernel_of_a_gpu_computes_the_same_loss_and_gradient():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    script = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("interpreted.py"))]
+    run = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert run.stdout == "equal\n", run.stderr
+
+
+def test_the_residual_stream_can_be_bfloat16():
+    """Loss and gradients are those of float32, to the rounding of bfloat16; every addition to the stream is in bfloat16."""
+    idx = torch.arange(32).view(2, 16) % 70
+    model, streams = models.build(gpt2_config(n_layer=2), 70, seed=1), []
+    for block in model.h:
+        block.register_forward_hook(lambda module, inputs, output: streams.append(output.dtype))
+    results = []
+    for residual in ("float32", "bfloat16"):
+        kernels.use(model, residual=residual)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(idx, idx.roll(1))
+        results.append((loss.item(), *torch.autograd.grad(loss, list(model.parameters()))))
+    assert streams == [torch.float32] * 2 + [torch.bfloat16] * 2
+    (loss, *gradients), (rounded, *rounded_gradients) = results
+    assert rounded == pytest.approx(loss, abs=5e-3)
+    for ours, exact in zip(rounded_gradients, gradients, strict=True):
+        assert F.cosine_similarity(ours.flatten(), exact.flatten(), dim=0) > 0.99
 
 
 def test_columns_of_padding_take_no_part_in_the_loss():

@@ -92,7 +92,7 @@ def test_a_record_has_every_step_and_what_ran(climbed, tmp_path):
     assert "BlockedAttention" in attention["best_attention"]
     assert climbed["baseline"]["setup"] == {
         "bfloat16": False, "tf32": False, "compile": None, "attention": "written_out", "loss": "plain",
-        "fused_optimizer": False, "keep_memory": False,
+        "residual": "float32", "fused_optimizer": False, "keep_memory": False,
     }  # fmt: skip
     best = climbed["kept_memory"]
     assert (best["setup"]["attention"], best["setup"]["keep_memory"]) == ("fastest", True)

@@ -323,7 +323,9 @@ main()
 
 def test_without_space_an_export_leaves_nothing(gpt2: GPT2Tokenizer, gpt2_resources: Path, tmp_path: Path):
     experiment = Experiment(model=CONFIG, train={"steps": 1})
-    save_weights(tmp_path / "best.pt", small(), experiment, 50257, {"tokenizer_sha256": gpt2.sha256}, 1, 1.0)
+    save_weights(
+        tmp_path / "best.pt", small().state_dict(), experiment, 50257, {"tokenizer_sha256": gpt2.sha256}, 1, 1.0
+    )
     (tmp_path / "resources").symlink_to(gpt2_resources)
     line = [sys.executable, "-c", FULL_DISK, "best.pt"]
     run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)

@@ -44,18 +44,12 @@ class Optimizer:
         self.parts.append(torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused or None))
         self._peak_rates = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
-    def step(self, step: int, skip: torch.Tensor | None = None) -> None:
-        """Update the weights as step number `step`, counted from 0, and clear the gradients.
-
-        `skip`, a bool on the device, skips the update where it is true, without synchronization with the host.
-        """
+    def step(self, step: int) -> None:
+        """Update the weights as step number `step`, counted from 0, and clear the gradients."""
         factor = learning_rate_factor(step, self.total_steps, self.config)
         for part, peaks in zip(self.parts, self._peak_rates, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            if skip is not None and isinstance(part, torch.optim.AdamW):
-                # The attribute by which torch's fused kernel skips a step.
-                vars(part).update(grad_scale=None, found_inf=skip.float())
             part.step()
             part.zero_grad(set_to_none=True)
 
