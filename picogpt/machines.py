@@ -22,7 +22,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> MachineConfig:
-    """A machine by the name of its file, or by the path of one of your own.
+    """A machine by the name of its file, or by the path of one of your own, which may also be relative to `config/`.
 
     Raises UsageError when there is none of this name, or when the file is wrong.
     """
@@ -32,6 +32,8 @@ def load(name: str) -> MachineConfig:
         if name not in names():
             there = f"{', '.join(names())} are in config/hardware/; picogpt hardware prints a draft for this machine"
             raise UsageError(f"there is no hardware {name!r}{did_you_mean(name, names())}: {there}")
+    elif not path.exists() and (config_folder() / path).exists():
+        path = config_folder() / path
     return parse(MachineConfig, read_yaml(path), str(path))
 
 

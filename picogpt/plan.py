@@ -28,6 +28,10 @@ class ModelPart(Settings, extra="ignore"):
     set: list[str] = Field([])
 
 
+class GPT2Part(ModelPart):
+    pretrained: bool = True
+
+
 class LadderPart(Settings, extra="ignore"):
     hardware: Literal["auto"] | list[Name] = "auto"
 
@@ -51,7 +55,7 @@ class Configuration(Settings, extra="ignore"):
     gpu_model: str | dict[str, str] = ""
     char_bigram: ModelPart = ModelPart()
     char_transformer: ModelPart = ModelPart()
-    gpt2: ModelPart = ModelPart()
+    gpt2: GPT2Part = GPT2Part()
     ladder: LadderPart = LadderPart()
 
 
@@ -131,7 +135,8 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     known = {name: _machine(asked, name, measured.get(name, name)) for name in sorted({*machines.names(), *measured})}
     long_trainings = [name for name in measured if known[name].training]
     fineweb = Path("weights/gpt2_tokenizer") / asked.run / "fineweb-edu/manifest.json"
-    from_hub = ["pretrained", *(["fineweb-edu/0"] if long_trainings and not fineweb.exists() else [])]
+    wanted = {"pretrained": asked.gpt2.pretrained, "fineweb-edu/0": bool(long_trainings) and not fineweb.exists()}
+    from_hub = [name for name, needed in wanted.items() if needed]
     resolvable = {"gpus": asked.gpus, "ladder: hardware": asked.ladder.hardware}
     return Plan(
         text=text,

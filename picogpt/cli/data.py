@@ -56,7 +56,7 @@ def fetch(
     from picogpt.data.fetch import HubStatus, endpoint, fetch_first
     from picogpt.files import atomic_write, write_text
 
-    if not names:
+    if not names and not status:
         return _list(folder)
     if bool(shards) != (FINEWEB in names):
         from picogpt.data.fineweb import dataset

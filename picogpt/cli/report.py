@@ -11,6 +11,7 @@ from picogpt.errors import UsageError
 
 PATH = click.Path(path_type=Path)
 OUT = click.option("--out", type=PATH, required=True)
+BANNER = click.option("--banner", default="", help="Sentence for runs that are not those of the write-up.")
 REFERENCES = click.option(
     "--reference", "reference_files", type=PATH, multiple=True, help="Record of results/reference/, shown as such where nothing was measured here; repeatable.",
 )  # fmt: skip
@@ -23,18 +24,20 @@ def report() -> None:
 
 @report.command("loss-curve")
 @click.option("--run-folder", type=PATH, required=True, help="Folder with metrics.jsonl and record.json.")
+@BANNER
 @OUT
-def loss_curve(run_folder: Path, out: Path) -> None:
+def loss_curve(run_folder: Path, banner: str, out: Path) -> None:
     """Draw the loss curves of a run beside the published values."""
     from picogpt.report.figures import draw_loss_curve
 
-    draw_loss_curve(run_folder, out)
+    draw_loss_curve(run_folder, out, banner)
 
 
 @report.command()
 @click.option("--hardware", "name", required=True, help="Machine of config/hardware/, or a YAML file of your own.")
 @click.argument("record_files", type=PATH, nargs=-1)
 @REFERENCES
+@BANNER
 @OUT
 def throughput(**arguments: Any) -> None:
     """Draw the training ladder of a machine from the records of its rungs, beside the published values."""
@@ -46,6 +49,7 @@ def throughput(**arguments: Any) -> None:
 @report.command()
 @click.argument("record_files", type=PATH, nargs=-1, required=True)
 @REFERENCES
+@BANNER
 @OUT
 def summary(**arguments: Any) -> None:
     """Write the table of published and measured numbers."""
@@ -62,6 +66,7 @@ def summary(**arguments: Any) -> None:
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Value that the template uses; repeatable.")
 @click.option("--hardware", multiple=True, help="Machine whose training ladder is shown; repeatable.")
 @REFERENCES
+@BANNER
 @OUT
 def page(pairs: tuple[str, ...], **arguments: Any) -> None:
     """Fill in the template of the write-up with the numbers of a run."""

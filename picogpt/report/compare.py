@@ -19,6 +19,7 @@ from picogpt.reference import CORPUS, check, require_good
 from picogpt.report.ladder import compare_with_baselines
 
 COLUMNS = ["section", "metric", "published", "measured", "unit", "device", "status", "note"]
+NOT_HERE = "not measured here"
 PUBLISHED_COLUMNS = (
     "section", "metric", *Key._fields, "key", "unit", "published", "source", "tolerance", "better", "device",
     "depends_on_text", "comparable", "note",
@@ -67,19 +68,22 @@ def on_published_text(record: dict[str, Any]) -> bool:
     return corpus.get("text_sha256") == find(CORPUS).sha256 and here in sizes
 
 
-def compare(measured: Records, references: Records) -> pd.DataFrame:
+def compare(measured: Records, references: Records, banner: str = "") -> pd.DataFrame:
     """One row for each published row: `COLUMNS`, values that are missing as None.
 
-    status: reproduced, better, differs, not comparable, or not measured here.
+    status: reproduced, better, differs, not comparable, or not measured here. A `banner` says why no number is comparable.
     """
     keyed = [(row, records.key(row)) for row in published().to_dict("records")]
     answers = [row | _answer(row, measured.get(key), references.get(key)) for row, key in keyed]
-    return pd.DataFrame(answers, columns=COLUMNS, dtype=object)
+    table = pd.DataFrame(answers, columns=COLUMNS, dtype=object)
+    if banner:
+        table.loc[table["status"] != NOT_HERE, ["status", "note"]] = "not comparable", banner
+    return table
 
 
-def write_summary(record_files: Iterable[Path], reference_files: Iterable[Path], out: Path) -> None:
+def write_summary(record_files: Iterable[Path], reference_files: Iterable[Path], out: Path, banner: str = "") -> None:
     """Write the comparison as CSV. A number that was not measured here may come from the reference records, and says so."""
-    table = compare(read_records(record_files), read_references(reference_files))
+    table = compare(read_records(record_files), read_references(reference_files), banner)
     for column in ("published", "measured"):
         table[column] = table[column].map(lambda value: f"{value:.7g}" if isinstance(value, float) else value)
     write_text(out, table.to_csv(index=False, lineterminator="\n"))
@@ -149,7 +153,7 @@ def _answer(row: dict[str, Any], record: dict[str, Any] | None, reference: dict[
 
 def _not_here(row: dict[str, Any], reference: dict[str, Any] | None, needs: str | None, reason: str) -> dict[str, Any]:
     """The answer for a number that was not measured here: from a reference record, if it is of the device in question."""
-    answer: dict[str, Any] = {"measured": None, "device": None, "status": "not measured here", "note": reason}
+    answer: dict[str, Any] = {"measured": None, "device": None, "status": NOT_HERE, "note": reason}
     there = number(reference, row["key"])
     if reference and there is not None and (needs or row["device"] == reference["device"]["name"]):
         note = f"{reason}; the number comes from a reference record of {reference['created'][:10]}"

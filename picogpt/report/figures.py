@@ -32,10 +32,10 @@ PUBLISHED = {
 """Labels and dashes of published losses, by their key in the results."""
 
 
-def draw_loss_curve(run_folder: Path, out: Path) -> None:
+def draw_loss_curve(run_folder: Path, out: Path, banner: str = "") -> None:
     """Training and validation loss of a run by epoch; published values, the best step and known limits marked.
 
-    Two panels: the whole run, and its lower part magnified. Epochs are marked by dotted lines.
+    Two panels: the whole run, and its lower part magnified. Epochs are marked by dotted lines. `banner`: see `drawing`.
     """
     record = records.read(run_folder / "record.json")
     train, val, exact_train = _losses(run_folder / "metrics.jsonl")
@@ -43,7 +43,7 @@ def draw_loss_curve(run_folder: Path, out: Path) -> None:
     marker: Any = {"linestyle": "none", "markeredgecolor": "white", "zorder": 5}
     part = {"part": "part of the text", "whole": "whole text"}.get(record["config"]["train"].get("eval_train"))
     unit = "character" if str(record["model"]).startswith("char") else "token"
-    with drawing(out, 11, 4.6) as figure:
+    with drawing(out, 11, 4.6, banner) as figure:
         whole, lower = figure.subplots(1, 2, width_ratios=(1, 1.5))
         for axes, title in ((whole, "whole run"), (lower, "magnified")):
             for epoch in range(1, int(results["epochs"] + 0.01) + 1):
@@ -84,14 +84,21 @@ def drawable(text: str, most: int) -> str:
 
 
 @contextmanager
-def drawing(out: Path, width: float, height: float) -> Iterator[Figure]:
-    """A new figure in the style of all, of this size in inches; it is written to `out` as PNG, in one piece."""
+def drawing(out: Path, width: float, height: float, banner: str = "") -> Iterator[Figure]:
+    """A new figure in the style of all, of this size in inches; it is written to `out` as PNG, in one piece.
+
+    `banner` is a sentence in its upper right corner, for a run that is not one of the write-up.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
         yield figure
+        if banner:
+            box = {"facecolor": "#fff3d6", "edgecolor": VERMILION, "boxstyle": "round,pad=0.35"}
+            words = drawable(banner, 60)
+            figure.text(0.99, 1 - 0.08 / height, words, ha="right", va="top", fontsize=9.5, color=VERMILION, bbox=box)
         with atomic_write(out) as file:
             figure.savefig(file, format="png", dpi=144)
 

@@ -27,12 +27,13 @@ def write_page(
     hardware: Iterable[str],
     reference_files: Iterable[Path],
     out: Path,
+    banner: str = "",
 ) -> None:
     """Fill in the Markdown template.
 
     It sees `sections` (rows of the summary by section), all `records`, the function `record` of the fields of a
     `records.Key` (undefined where there is no such record), `samples` (texts by their file's name without suffix), the
-    `values`, the `ladders` of the machines `hardware`, and the `loss_tolerance` of all ladders.
+    `values`, the `banner`, the `ladders` of the machines `hardware`, and the `loss_tolerance` of all ladders.
 
     Raises PicogptError when the template asks for something that is not there.
     """
@@ -55,6 +56,7 @@ def write_page(
             records=list(measured.values()),
             ladders=[ladder.find(name, measured, references) for name in hardware],
             loss_tolerance=ladder.LOSS_TOLERANCE,
+            banner=banner,
             samples={path.stem: read_text(path) for path in samples},
             **values,
         )

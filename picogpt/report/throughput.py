@@ -13,7 +13,9 @@ from picogpt.report.figures import BLUE, GREEN, GREY, VERMILION, drawable, drawi
 from picogpt.report.ladder import LOSS_TOLERANCE, Ladder, find
 
 
-def draw_throughput(name: str, record_files: Iterable[Path], reference_files: Iterable[Path], out: Path) -> None:
+def draw_throughput(
+    name: str, record_files: Iterable[Path], reference_files: Iterable[Path], out: Path, banner: str = ""
+) -> None:
     """Bars of speed-up over the baseline, rung by rung, with tokens/s; published values as diamonds.
 
     Where `record_files` have none of this machine, the reference records are drawn, in another colour and named as such;
@@ -32,7 +34,7 @@ def draw_throughput(name: str, record_files: Iterable[Path], reference_files: It
     height = 1.9 + 0.42 * len(rungs)  # inches
     look: Any = {"color": BLUE} if ladder.here else {"color": GREEN, "hatch": "//"}
     look |= {"edgecolor": "white", "error_kw": {"ecolor": "#222222", "elinewidth": 1.1, "capsize": 2.5}}
-    with drawing(out, 10.5, height) as figure:
+    with drawing(out, 10.5, height, banner) as figure:
         axes = figure.subplots()
         for rung, position in rungs.items():
             end, words = marks.get(rung, 0.0), f"{marks[rung]:g}x" if rung in marks else ""

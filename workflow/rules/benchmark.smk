@@ -96,12 +96,13 @@ rule bench_weights:
         "logs/bench_weights.log",
     params:
         on_hub=lambda wildcards: hub_answer("pretrained"),
+        pretrained=expand("{name}={name}", name=GPT2_MODELS[1:]),
     shell:
         "picogpt bench weights"
         " char-bigram={input.bigram:q}"
         " char-transformer={input.transformer:q}"
         " gpt2={input.gpt2:q}"
-        " gpt2-pretrained=gpt2-pretrained"
+        " {params.pretrained:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
 

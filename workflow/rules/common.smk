@@ -31,6 +31,7 @@ MODELS = ["char_bigram", "char_transformer"]
 TOKENS = f"weights/char_tokenizer/{RUN}"
 GPT2_TOKENS = f"weights/gpt2_tokenizer/{RUN}"
 GPT2 = f"weights/gpt2/{RUN}/{CORPUS}"
+GPT2_MODELS = ["gpt2", "gpt2-pretrained"] if config["gpt2"].get("pretrained", True) else ["gpt2"]
 
 
 wildcard_constraints:

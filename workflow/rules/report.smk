@@ -22,7 +22,7 @@ RECORDS = [
     *expand(
         "results/records/{measured}_{gpt2}_{dtype}.json",
         measured=["evaluate", "sampling"],
-        gpt2=["gpt2", "gpt2-pretrained"],
+        gpt2=GPT2_MODELS,
         dtype=config["gpt2"]["dtypes"],
     ),
     *expand("results/records/{name}.json", name=["sampling_gpt2_streams", "weights", *PLAN["measured_rungs"]]),
@@ -52,10 +52,12 @@ rule loss_curve:
         run="|".join(RUN_FOLDERS),
     params:
         folder=lambda wildcards: RUN_FOLDERS[wildcards.run],
+        banner=config["banner"],
     shell:
         """
         picogpt report loss-curve \
             --run-folder {params.folder:q} \
+            --banner {params.banner:q} \
             --out {output:q} \
             >{log:q} 2>&1
         """
@@ -83,11 +85,13 @@ rule throughput:
         machine=lambda wildcards: machine(wildcards, "argument"),
         settings=lambda wildcards: machine(wildcards, "settings"),
         references=lambda wildcards, input: expand("--reference={path}", path=input.references),
+        banner=config["banner"],
     shell:
         "picogpt report throughput"
         " --hardware {params.machine:q}"
         " {input.records:q}"
         " {params.references:q}"
+        " --banner {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
 
@@ -108,10 +112,12 @@ rule summary:
         "logs/summary.log",
     params:
         references=expand("--reference={path}", path=REFERENCES),
+        banner=config["banner"],
     shell:
         "picogpt report summary {input.records:q}"
         " {input.trainings:q}"
         " {params.references:q}"
+        " --banner {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
 
@@ -138,6 +144,7 @@ rule page:
         "logs/page.log",
     params:
         first_dtype=config["gpt2"]["dtypes"][0],
+        banner=config["banner"],
         records=lambda wildcards, input: expand("--record={path}", path=[*input.records, *input.trainings]),
         references=expand("--reference={path}", path=REFERENCES),
         machines=[f"--hardware={plan['argument']}" for plan in PLAN["machines"].values()],
@@ -153,5 +160,6 @@ rule page:
         " {params.samples:q}"
         f" --set gpt2_media=gpt2_{CORPUS}"
         " --set first_dtype={params.first_dtype}"
+        " --banner {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
