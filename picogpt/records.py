@@ -110,7 +110,7 @@ def commit() -> tuple[str | None, bool | None]:
 
     def git(*arguments: str) -> str:
         # With --git-dir, an installed package never tells the commit of a repository around it.
-        command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", *arguments]
+        command = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}", *arguments]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:

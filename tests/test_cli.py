@@ -29,11 +29,12 @@ def work(corpus: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_help_is_there_without_torch():
-    script = (
-        "import sys; from picogpt import cli; cli.cli(['--help'], standalone_mode=False); print('torch' in sys.modules)"
-    )
-    shown = run(sys.executable, "-c", script).stdout
+@pytest.mark.parametrize("command", [[], ["train"]])
+def test_help_is_there_without_torch(command: list[str]):
+    show = f"cli.cli({[*command, '--help']}, standalone_mode=False)"
+    shown = run(
+        sys.executable, "-c", f"import sys; from picogpt import cli; {show}; print('torch' in sys.modules)"
+    ).stdout
     assert "picogpt train char-transformer" in shown
     assert shown.endswith("False\n")
 

@@ -148,3 +148,10 @@ def load_or_record(key: Key, out: Path | None, optional: bool, ckpt: Path | None
         records.write(out, records.unreachable(key, str(error)))
         click.echo(f"{key}: not measured here: {records.HUB_UNREACHABLE}", err=True)
         raise click.exceptions.Exit(0) from error
+
+
+def aligned(rows: Sequence[Sequence[str]], right: range) -> str:
+    """Columns two spaces apart, those in `right` aligned at their ends."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    forms = [f"{{:{'>' if index in right else '<'}{width}}}" for index, width in enumerate(widths)]
+    return "\n".join("  ".join(forms).format(*row).rstrip() for row in rows)

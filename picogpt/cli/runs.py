@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
@@ -12,7 +11,7 @@ from typing import Any
 
 import click
 
-from picogpt.cli.common import KINDS, WEIGHTS
+from picogpt.cli.common import KINDS, WEIGHTS, aligned
 from picogpt.errors import PicogptError, UsageError
 
 COLUMNS = ("run", "model", "corpus", "parameters", "steps (epochs)", "best val", "tokens/s", "s", "device", "date")
@@ -41,7 +40,7 @@ def runs(context: click.Context, model: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif found:
-        click.echo(_aligned([COLUMNS, *map(_row, found)], range(3, 8)))
+        click.echo(aligned([COLUMNS, *map(_row, found)], range(3, 8)))
     elif not damaged:
         click.echo(f"no training{f' of {model}' if model else ''} is in {WEIGHTS}/: picogpt train makes one", err=True)
     if damaged:
@@ -74,7 +73,7 @@ def diff(first: str, second: str) -> None:
         for _, key, one, two in group:
             amount = _shown(two - one, "+" + comma) if {type(one), type(two)} <= {int, float} else ""
             rows.append((f"  {key}", _shown(one, comma), _shown(two, comma), amount))
-    click.echo(_aligned(rows, range(1, 4)))
+    click.echo(aligned(rows, range(1, 4)))
     if {section for section, *_ in differing} == {"results"}:
         click.echo("the same settings, corpus, device, software and execution")
 
@@ -102,10 +101,3 @@ def _shown(value: Any, form: str) -> str:
     if type(value) in (int, float):  # not bool
         return f"{value:{form}}" if isinstance(value, int) else f"{value:{form}.7g}"
     return "-" if value is None else json.dumps(value)
-
-
-def _aligned(rows: Sequence[Sequence[str]], right: range) -> str:
-    """Columns two spaces apart, those in `right` aligned at their ends."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    forms = [f"{{:{'>' if index in right else '<'}{width}}}" for index, width in enumerate(widths)]
-    return "\n".join("  ".join(forms).format(*row).rstrip() for row in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,11 @@ class TrainCommand(click.Command):
 @click.option("--init", type=click.Choice(["scratch", "pretrained"]), help="Short for --set train.init=.")
 @click.option("--device", help="Short for --set runtime.device=: auto, cpu, cuda, cuda:N or mps.")
 @click.option("--hardware", help="Machine of config/hardware/: use its batch, and refuse to run on any other device.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Make a few steps and print what the training needs: time, memory, disk. Saves nothing.",
+)
 @click.option("--replace", is_flag=True, help="Start over if the folder holds a run with other settings or data.")
 def train(
     kind: str, data: Path | None, run: str | None, folder: Path | None, hardware: str | None, **options: Any
@@ -68,6 +74,7 @@ def train(
       picogpt train char-bigram
       picogpt train char-transformer --name mine --set model.n_layer=6 --set train.epochs=4
       picogpt train gpt2 --init pretrained --steps 100
+      picogpt train gpt2 --dry-run --set train.batch_size=64
       torchrun --standalone --nproc_per_node=2 -m picogpt train gpt2
     """
     if run and folder:
@@ -88,14 +95,24 @@ def train(
     token_data = open_data(data or common.token_folder(kind))
     common.require_fitting(kind, token_data)
 
+    from picogpt.train.dry_run import DryRun, nothing_left_behind
     from picogpt.train.loop import Trainer
 
+    dry_run = options["dry_run"]
+    if dry_run and not run and not folder:
+        run = f"{datetime.now():%Y%m%d_%H%M%S}"  # the folder of a name that is given is not made yet
     with init_distributed(experiment.runtime.device) as world, ExitStack() as held:
         corpus = token_data.train.header.corpus
         target = folder or world.broadcast_from_main(lambda: _folder(held, kind, run, corpus))
-        trainer = Trainer(experiment, token_data, target, world, machines.name_of(hardware) if hardware else None)
+        if dry_run:
+            held.enter_context(nothing_left_behind())
+        make = DryRun if dry_run else Trainer
+        trainer = make(experiment, token_data, target, world, machines.name_of(hardware) if hardware else None)
         if hardware and machine:
             machines.require(hardware, machine, trainer.device, world.size)
+        if isinstance(trainer, DryRun):
+            rows = trainer.measure(options["replace"])
+            return click.echo(common.aligned(rows, range(1, 2))) if world.is_main else None
         try:
             record = trainer.run(options["replace"])
         except Interrupted as stop:

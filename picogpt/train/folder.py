@@ -36,8 +36,24 @@ class RunFolder:
         """Lock the folder. Raises PicogptError when another process is training here."""
         return exclusive_lock(self.path, "training")
 
+    def require_free(self) -> None:
+        """Raises PicogptError when another process is training here. Makes no lock."""
+        if (self.path / ".lock").exists():
+            with self.held():
+                pass
+
     def finished(self, replace: bool) -> dict[str, Any] | None:
-        """The record, if the run is finished; with `replace`, a run with other settings is deleted.
+        """The record, if the run is finished; with `replace`, a run with other settings is deleted. Raises like `record`."""
+        record = self.record(replace)
+        if record:
+            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed just before its end
+        elif record is not None:
+            for name in ("record.json", *RESULTS):
+                (self.path / name).unlink(missing_ok=True)
+        return record or None
+
+    def record(self, replace: bool) -> dict[str, Any] | None:
+        """The record, if the run is finished; an empty one where `replace` is to delete it. Changes nothing.
 
         Raises PicogptError when there is one of other settings and `replace` is not given.
         """
@@ -53,28 +69,37 @@ class RunFolder:
             warnings.warn(f"{error}; it is replaced", stacklevel=2)
         ours = record.get("fingerprint") == self.fingerprint
         if ours and (self.path / "best.pt").exists():
-            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed just before its end
             return record
         if ours and not replace:
             raise PicogptError(
                 f"{path.parent} is finished, but its best.pt is missing: restore it, or --replace the run"
             )
         self._refuse_unless(replace)
-        for name in ("record.json", *RESULTS):
-            (self.path / name).unlink(missing_ok=True)
-        return None
+        return {}
 
     def load(self, replace: bool) -> dict[str, Any] | None:
-        """The state to resume from, or None; with `replace`, that of a run with other settings is deleted.
-
-        Raises PicogptError when there is one of other settings, or that cannot be read, and `replace` is not given.
-        """
+        """The state to resume from, or None; with `replace`, that of a run with other settings is deleted. Raises like `state`."""
         self.work.mkdir(exist_ok=True)
         for incomplete in self.work.glob(".*.tmp"):  # of a process that was killed while it was writing
             incomplete.unlink()
+        state, damaged = self.state(replace)
+        if state and damaged and self.last.exists():  # otherwise the next save would keep it in place of the good one
+            os.replace(self.last, self.last.with_name("last.damaged.pt"))
+        elif state is not None and not state:
+            shutil.rmtree(self.work)
+            self.work.mkdir()
+        return state or None
+
+    def state(self, replace: bool) -> tuple[dict[str, Any] | None, bool]:
+        """The state to resume from, or None, and whether last.pt is damaged; an empty one where `replace` is to delete it.
+
+        Changes nothing. Raises PicogptError when there is one of other settings, or that cannot be read, and `replace` is
+        not given.
+        """
         # Listing the folder refreshes a network file system, which may cache that a file does not exist.
-        if not {self.last.name, checkpoint.previous(self.last).name} & set(os.listdir(self.work)):
-            return None
+        names = set(os.listdir(self.work)) if self.work.exists() else set()
+        if not {self.last.name, checkpoint.previous(self.last).name} & names:
+            return None, False
         try:
             state, warning = checkpoint.load_state(self.last)
         except PicogptError as error:
@@ -83,14 +108,10 @@ class RunFolder:
             state, warning = {}, f"{error}; starting over"
         if warning:
             warnings.warn(warning, stacklevel=2)
-            if state and self.last.exists():  # otherwise the next save would keep it in place of the good one
-                os.replace(self.last, self.last.with_name("last.damaged.pt"))
         if state.get("fingerprint") == self.fingerprint:
-            return state
+            return state, warning is not None
         self._refuse_unless(replace)
-        shutil.rmtree(self.work)
-        self.work.mkdir()
-        return None
+        return {}, False
 
     def cut_metrics(self, step: int) -> None:
         """Keep the lines up to `step`: later ones are written again, and the last one may be incomplete."""

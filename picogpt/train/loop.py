@@ -308,18 +308,22 @@ class Trainer:
         """Load the last checkpoint, if there is one, on every rank."""
         state = self.world.broadcast_from_main(lambda: self.folder.load(replace))
         if state:
-            checkpoint.check_tensors(self.model, state["model"], self.folder.last)
-            self.model.load_state_dict(state["model"])
-            try:
-                self.step.optimizer.load_state_dict(state["optimizer"])
-                self.progress = Progress(**state["progress"])
-            except (TypeError, ValueError, KeyError) as error:
-                raise PicogptError(f"{self.folder.last} is damaged, or of another version: {error}") from error
+            self._restore(state)
         elif self.config.init == "pretrained":
             # The other ranks get the weights from rank 0 when the distributed wrapper is made.
             self.world.broadcast_from_main(self._load_pretrained)
         self.progress.sessions += 1
         self.world.broadcast_from_main(lambda: self.folder.cut_metrics(self.progress.step))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint. Raises PicogptError when it does not fit."""
+        checkpoint.check_tensors(self.model, state["model"], self.folder.last)
+        self.model.load_state_dict(state["model"])
+        try:
+            self.step.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise PicogptError(f"{self.folder.last} is damaged, or of another version: {error}") from error
 
     def _load_pretrained(self) -> None:
         initial = models.initial(self.experiment, self.data.vocab_size)
