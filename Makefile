@@ -7,9 +7,10 @@ READY  := $(VENV)/.ready
 # snakefmt runs shfmt, which is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: report test test-slurm check format rulegraph reference clean help
+.PHONY: quick report test test-slurm check format rulegraph reference clean help
 
 help:
+	@echo "make quick    set up, then run the whole pipeline with small models, in minutes: quick/results/report.md"
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
 	@echo "make test     set up, then run the tests"
 	@echo "make test-slurm set up, then run the tests that start a SLURM cluster (Debian: slurmctld slurmd slurm-client munge)"
@@ -19,7 +20,11 @@ help:
 	@echo "make rulegraph  set up, then draw docs/rulegraph.svg again (needs dot of Graphviz)"
 	@echo "make clean    delete what the pipeline wrote; runs made by hand and resources/ stay"
 
+quick: $(READY)
+	$(BIN)/snakemake --directory quick --configfile config/quick.yaml
+
 report: $(READY)
+	@$(BIN)/picogpt plan --estimate
 	$(BIN)/snakemake
 
 test: $(READY)

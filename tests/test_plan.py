@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,23 @@ def test_what_cannot_be_planned_is_one_message(picogpt, monkeypatch, change: dic
 def test_by_hand_it_reads_a_file(picogpt):
     Path("mine.yaml").write_text(yaml.safe_dump(SHIPPED))
     assert json.loads(picogpt("plan", "mine.yaml").out).keys() == plan.Plan.model_fields.keys()
+
+
+def test_the_estimate_lists_every_part_and_what_is_done(picogpt, tmp_path: Path):
+    small = {"set": ["model.n_layer=1", "model.n_head=1", "model.n_embd=8", "model.block_size=16"]}
+    settings = {**SHIPPED, "gpt2": {**SHIPPED["gpt2"], **small}, "ladder": {"hardware": ["cpu"]}}
+    Path("mine.yaml").write_text(yaml.safe_dump(settings))
+    write_text("weights/char_bigram/pipeline/record.json", "{}")
+    rows = [re.split("  +", line) for line in picogpt("plan", "--estimate", "mine.yaml").out.splitlines()]
+    times = {part: about for part, *_, about in rows}
+    assert list(times) == [
+        "part", "training of char-bigram", "training of char-transformer", "training of gpt2", "loss of GPT-2",
+        "sampling speed of GPT-2", "training ladder of CPU", "all of it",
+    ]  # fmt: skip
+    assert times.pop("part") == "about"
+    assert times.pop("training of char-bigram") == "done"
+    assert all(re.fullmatch(r"\d+:\d\d:\d\d", about) for about in times.values())
+    assert max(times, key=lambda part: times[part]) in ("all of it", "training of char-transformer")
 
 
 def status(attempt: int, endpoint: str, **files: fetch.Answer) -> None:

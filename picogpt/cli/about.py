@@ -42,7 +42,10 @@ def hardware(files: tuple[str, ...], draft: bool) -> None:
 
 @click.command()
 @click.argument("configuration", default="config/config.yaml")
-def plan(configuration: str) -> None:
+@click.option(
+    "--estimate", is_flag=True, help="Print instead about how long each part takes here, from a measured second."
+)
+def plan(configuration: str, estimate: bool) -> None:
     """Print, as JSON, what a workflow must know before it can list its jobs. Uses no network.
 
     The plan names the text, the settings of each model, the machines of config/hardware/ that are measured here, and the
@@ -53,4 +56,11 @@ def plan(configuration: str) -> None:
 
     stream = sys.stdin if configuration == "-" else None
     source = "the configuration" if stream else configuration
-    click.echo(planning.make(read_yaml(source, stream), source).model_dump_json(indent=2))
+    tree = read_yaml(source, stream)
+    made = planning.make(tree, source)
+    if not estimate:
+        return click.echo(made.model_dump_json(indent=2))
+    from picogpt.cli.common import aligned
+    from picogpt.estimate import table
+
+    click.echo(aligned([("part", "work", "about"), *table(tree, made)], range(2, 3)))

@@ -23,6 +23,7 @@ rule evaluate:
         "results/records/evaluate_{gpt2}_{dtype}.json",
     log:
         "logs/evaluate_{gpt2}_{dtype}.log",
+    priority: 50
     resources:
         **PLAN["resources"],
         machine=100,
@@ -51,6 +52,7 @@ rule bench_sampling:
         "results/records/sampling_{gpt2}_{dtype}.json",
     log:
         "logs/bench_sampling_{gpt2}_{dtype}.log",
+    priority: 40
     resources:
         **PLAN["resources"],
         machine=100,

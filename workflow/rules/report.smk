@@ -14,6 +14,7 @@ localrules:
 
 # A relative path, so that nothing runs again when the clone is moved.
 SOURCE = Path(os.path.relpath(ROOT))
+BANNER = lambda wildcards: f"--banner={config['banner']}"  # a function, so that braces in it are no wildcards
 PUBLISHED = str(SOURCE / "config/published.csv")
 REFERENCES = sorted(map(str, (SOURCE / "results/reference").glob("*/*.json")))
 RECORDS = [
@@ -50,16 +51,18 @@ rule loss_curve:
         "logs/loss_curve_{run}.log",
     wildcard_constraints:
         run="|".join(RUN_FOLDERS),
+    priority: 90
     params:
         folder=lambda wildcards: RUN_FOLDERS[wildcards.run],
-        banner=config["banner"],
+        banner=BANNER,
     shell:
         """
         picogpt report loss-curve \
             --run-folder {params.folder:q} \
-            --banner {params.banner:q} \
+            {params.banner:q} \
             --out {output:q} \
             >{log:q} 2>&1
+        echo picogpt: to look at: {output:q}
         """
 
 
@@ -81,19 +84,21 @@ rule throughput:
         ),
     log:
         "logs/throughput_{hardware}.log",
+    priority: 90
     params:
         machine=lambda wildcards: machine(wildcards, "argument"),
         settings=lambda wildcards: machine(wildcards, "settings"),
         references=lambda wildcards, input: expand("--reference={path}", path=input.references),
-        banner=config["banner"],
+        banner=BANNER,
     shell:
         "picogpt report throughput"
         " --hardware {params.machine:q}"
         " {input.records:q}"
         " {params.references:q}"
-        " --banner {params.banner:q}"
+        " {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
+        " && echo picogpt: to look at: {output:q}"
 
 
 rule summary:
@@ -110,16 +115,18 @@ rule summary:
         ),
     log:
         "logs/summary.log",
+    priority: 90
     params:
         references=expand("--reference={path}", path=REFERENCES),
-        banner=config["banner"],
+        banner=BANNER,
     shell:
         "picogpt report summary {input.records:q}"
         " {input.trainings:q}"
         " {params.references:q}"
-        " --banner {params.banner:q}"
+        " {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
+        " && echo picogpt: to look at: {output:q}"
 
 
 rule page:
@@ -142,9 +149,10 @@ rule page:
         ),
     log:
         "logs/page.log",
+    priority: 90
     params:
         first_dtype=config["gpt2"]["dtypes"][0],
-        banner=config["banner"],
+        banner=BANNER,
         records=lambda wildcards, input: expand("--record={path}", path=[*input.records, *input.trainings]),
         references=expand("--reference={path}", path=REFERENCES),
         machines=[f"--hardware={plan['argument']}" for plan in PLAN["machines"].values()],
@@ -160,6 +168,7 @@ rule page:
         " {params.samples:q}"
         f" --set gpt2_media=gpt2_{CORPUS}"
         " --set first_dtype={params.first_dtype}"
-        " --banner {params.banner:q}"
+        " {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
+        " && echo picogpt: to look at: {output:q}"

@@ -13,6 +13,7 @@ rule sample:
         ),
     log:
         "logs/sample_{model}.log",
+    priority: 90
     params:
         name=lambda wildcards: wildcards.model.replace("_", "-"),
         tokenizer=f"--tokenizer-dir={TOKENS}",
@@ -26,6 +27,7 @@ rule sample:
         " -n {params.tokens}"
         " --out {output:q}"
         " > {log:q} 2>&1"
+        " && echo picogpt: to look at: {output:q}"
 
 
 use rule sample as sample_untrained with:

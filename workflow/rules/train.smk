@@ -16,6 +16,8 @@ rule train:
         multiext(f"weights/{{model}}/{RUN}/", "best.pt", "metrics.jsonl", "record.json"),
     log:
         "logs/train_{model}.log",
+    # Cheap and interesting first: the bigram, the character transformer, GPT-2; then evaluation, benchmarks, the ladder.
+    priority: lambda wildcards: 80 if wildcards.model == "char_bigram" else 70
     resources:
         **PLAN["resources"],
         machine=100,  # all of it: nothing runs beside what is timed
@@ -46,6 +48,7 @@ rule train_gpt2:
         multiext(f"{GPT2}/", "best.pt", "metrics.jsonl", "record.json"),
     log:
         "logs/train_gpt2.log",
+    priority: 60
     resources:
         **PLAN["gpt2"]["resources"],
         machine=100,

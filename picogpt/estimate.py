@@ -1,0 +1,115 @@
+"""About how long each part of the pipeline takes on this machine, from one second of matrix products and copies."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from picogpt import hardware, machines, models
+from picogpt.config import Experiment, load_experiment, model_file
+from picogpt.data import fetch
+from picogpt.models.language_model import shapes_only
+from picogpt.plan import Plan
+from picogpt.reference import CORPUS
+from picogpt.registry import MODELS
+
+SHARE = {"train": 0.6, "char-transformer": 0.35, "forward": 0.7, "sampling": 0.6}
+"""Of the measured rate of products (of copies, for sampling), as seen on two cores of an AMD EPYC (Zen 4)."""
+CHARACTERS_PER_TOKEN = 3.3
+"""Of GPT-2's tokens, in tinyshakespeare."""
+START = 5.0
+"""Seconds in which a job starts Python and torch, loads a model and writes its record."""
+
+
+def table(config: dict[str, Any], plan: Plan) -> list[tuple[str, str, str]]:
+    """Rows (part, work, about how long), the last one with their sum; parts with results are `done`."""
+    rates = {dtype: _products_per_second(dtype) for dtype in ("float32", "bfloat16")}
+    fast, bandwidth = plan.fast_dtype, _copied_bytes_per_second()
+    rates["int8"] = rates[fast]
+    size = Path(plan.text).stat().st_size if Path(plan.text).exists() else fetch.registry()[CORPUS].size
+    rows: list[tuple[str, str, float, Path]] = []
+    for name in plan.models:
+        asked, character = config[name], name.startswith("char")
+        experiment = load_experiment(model_file(name if asked["config"] == "auto" else asked["config"]), asked["set"])
+        tokens = size / (1 if character else CHARACTERS_PER_TOKEN)
+        seen, evaluated = _tokens(experiment, 0.9 * tokens, 0.1 * tokens)
+        parameters, flops = _size(experiment)
+        share = SHARE.get(experiment.model.kind, SHARE["train"]) * rates[fast]
+        seconds = START + seen * flops / share + evaluated * flops / 3 / share
+        folder = Path(f"weights/{name}/{config['run']}", *([] if character else [plan.corpus]))
+        work = f"{parameters:,} parameters, {seen / 1e6:,.1f} million {'characters' if character else 'tokens'}"
+        rows.append((f"training of {experiment.model.kind}", work, seconds, folder / "record.json"))
+    # GPT-2 was the last of the loop.
+    dtypes, part, count = config["gpt2"]["dtypes"], config["gpt2"], 2 if "pretrained" in plan.from_hub else 1
+    seconds = sum(START + 0.1 * tokens * flops / 3 / SHARE["forward"] / rates[dtype] for dtype in dtypes)
+    results = Path("results/records")
+    rows.append(("loss of GPT-2", ", ".join(dtypes), count * seconds, results / f"evaluate_gpt2_{dtypes[-1]}.json"))
+    bytes_read = {"float32": 4 * parameters, "bfloat16": 2 * parameters, "int8": parameters}
+    read = sum(bytes_read[dtype] for dtype in dtypes) * part["throughput_tokens"] * part["throughput_runs"]
+    seconds = count * (len(dtypes) * START + read / bandwidth / SHARE["sampling"])
+    work = f"{part['throughput_runs']} runs of {part['throughput_tokens']} tokens, {', '.join(dtypes)}"
+    rows.append(("sampling speed of GPT-2", work, seconds, results / f"sampling_gpt2_{dtypes[-1]}.json"))
+    for name, machine in plan.machines.items():
+        if f"ladder/{name}/{next(iter(machine.ladder))}" not in plan.measured_rungs:
+            continue
+        settings = machines.load(machine.argument)
+        steps = settings.warmup_steps + settings.steps + 1
+        cost = steps * settings.batch_size * settings.block_size * flops / SHARE["train"]
+        slow = ("baseline", "tf32")
+        seconds = sum(START + cost / rates["float32" if rung in slow else fast] for rung in machine.ladder)
+        last = results / f"ladder/{name}/{list(machine.ladder)[-1]}.json"
+        rows.append((f"training ladder of {settings.title}", f"{len(machine.ladder)} rungs", seconds, last))
+    left = sum(about for *_, about, record in rows if not record.exists())
+    shown = [(part, work, "done" if record.exists() else _clock(about)) for part, work, about, record in rows]
+    return [*shown, ("all of it", f"on {hardware.select().name}, if nothing else runs here", _clock(left))]
+
+
+def _tokens(experiment: Experiment, train: float, val: float) -> tuple[float, float]:
+    """Tokens that a training learns from, and those of its evaluations."""
+    config = experiment.train
+    steps = config.steps or (config.epochs or 1) * train / config.batch_size / experiment.model.block_size
+    extra = {"none": 0.0, "part": 2 * val, "whole": 2 * train}[config.eval_train]
+    return steps * config.batch_size * experiment.model.block_size, (steps // config.eval_interval + 2) * val + extra
+
+
+def _size(experiment: Experiment) -> tuple[int, int]:
+    """Parameters, and FLOP of a training step per token."""
+    vocab_size = 50257 if MODELS[experiment.model.kind].tokenizer == "gpt2" else 65
+    with shapes_only():
+        model = models.build(experiment.model, vocab_size, 0)
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return sum(parameter.numel() for parameter in model.parameters()), model.flops_per_token() or 6 * products
+
+
+def _products_per_second(dtype: str) -> float:
+    """FLOP/s of products of matrices like GPT-2's, measured for a third of a second."""
+    device = hardware.select()
+    a, b = (
+        torch.ones(shape, dtype=getattr(torch, dtype), device=device.torch_name) for shape in ((512, 768), (768, 3072))
+    )
+    return 2 * 512 * 768 * 3072 * _per_second(lambda: a @ b, device)
+
+
+def _copied_bytes_per_second() -> float:
+    device = hardware.select()
+    a = torch.ones(1 << 25, device=device.torch_name)
+    return a.nbytes * _per_second(lambda: a.sum(), device)
+
+
+def _per_second(action: Any, device: hardware.Device) -> float:
+    action()
+    hardware.synchronize(device)
+    began, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - began) < 0.33 or not count:
+        action()
+        hardware.synchronize(device)
+        count += 1
+    return count / seconds
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds, -1 if seconds > 60 else 0)))
