@@ -6,6 +6,7 @@ Both hold tensors and plain values only and load with `weights_only=True`; nothi
 from __future__ import annotations
 
 import pickle
+import shlex
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from picogpt import models
 from picogpt.config import Experiment, parse
 from picogpt.data.tokenizers import CharTokenizer, Tokenizer
-from picogpt.errors import PicogptError, UsageError
+from picogpt.errors import PicogptError, UsageError, is_out_of_memory
 from picogpt.files import atomic_write, place
 from picogpt.models.language_model import LanguageModel, check_tensors, shapes_only
 from picogpt.registry import MODELS
@@ -122,7 +123,8 @@ def load_weights(path: str | Path, kind: str | None = None) -> Weights:
         raise PicogptError(str(error)) from error
     found = experiment.model.kind
     if kind and found != kind:
-        raise PicogptError(f"{path} holds a {found}, not a {kind}: picogpt sample {found}")
+        there = f"picogpt sample {found} --ckpt {shlex.quote(str(path))}"
+        raise PicogptError(f"{path} holds a {found}, not a {kind}: name that model, as in {there}")
     return Weights(path, experiment, *(tree[key] for key in list(WEIGHTS)[1:]))
 
 
@@ -176,6 +178,8 @@ def _load(path: Path, content: str) -> dict[str, Any]:
             " it is refused, and nothing of it was run"
         ) from error
     except Exception as error:  # a damaged archive can raise any type
+        if is_out_of_memory(error):
+            raise  # the file may be whole
         raise PicogptError(f"{path} is damaged, or no checkpoint: {error}") from error
     if not isinstance(tree, dict) or tree.get("format") != HEADER["format"]:
         raise PicogptError(f"{path} is no checkpoint of picogpt")

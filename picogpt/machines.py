@@ -30,7 +30,7 @@ def load(name: str) -> MachineConfig:
     if path.suffix not in SUFFIXES:
         path = config_folder() / "hardware" / f"{name}.yaml"
         if name not in names():
-            there = f"{', '.join(names())} are in config/hardware/; picogpt hardware prints a draft for this machine"
+            there = f"{', '.join(names())} are in config/hardware/; picogpt hardware --draft prints a draft for this machine"
             raise UsageError(f"there is no hardware {name!r}{did_you_mean(name, names())}: {there}")
     elif not path.exists() and (config_folder() / path).exists():
         path = config_folder() / path
@@ -66,14 +66,19 @@ def require(name: str, machine: MachineConfig, device: hardware.Device, world_si
         raise UsageError(
             f"hardware {name} is {machine.title} ({machine.kind}, {machine.device}), and this device is {device.name}"
             f" ({device.type}): its numbers would be listed under a wrong name. Hardware that fits here:"
-            f" {', '.join(fitting()) or 'none; picogpt hardware prints a draft'}"
+            f" {', '.join(fitting()) or 'none; picogpt hardware --draft prints a draft'}"
             f"{on_slurm if 'SLURM_JOB_ID' in os.environ else ''}"
         )
     if world_size != machine.world_size:
-        start = f"torchrun --standalone --nproc_per_node={machine.ranks} -m picogpt" if machine.ranks > 1 else "picogpt"
-        nodes = f" on each of {machine.nodes} nodes" if machine.nodes > 1 else ""
-        started = f"has {machine.world_size} ranks and {world_size} started"
-        raise UsageError(f"hardware {name} {started}: run it by {start} ...{nodes}")
+        start = f"run it by torchrun --standalone --nproc_per_node={machine.ranks} -m picogpt ..."
+        if machine.nodes > 1:
+            start = (
+                f"run it on {machine.nodes} nodes, on each with its own --node_rank, by torchrun --nnodes={machine.nodes}"
+                f" --nproc_per_node={machine.ranks} --node_rank=0 --master_addr=HOST --master_port=29500 -m picogpt ..."
+            )
+        elif machine.ranks == 1:
+            start = "run it without torchrun"
+        raise UsageError(f"hardware {name} has {machine.world_size} ranks and {world_size} started: {start}")
 
 
 def draft() -> str:

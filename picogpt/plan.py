@@ -16,7 +16,7 @@ from picogpt import hardware, machines
 from picogpt.config import Settings, load_experiment, model_file, parse, read_yaml
 from picogpt.data import fetch
 from picogpt.errors import UsageError
-from picogpt.files import own_name
+from picogpt.files import own_name, sha256_file
 
 RESOURCES = Path("resources")
 
@@ -185,6 +185,9 @@ def _text(corpus: list[str] | str) -> tuple[str, str]:
         # Otherwise the tokens of another text, where an earlier run has left some, would be used without a word.
         names = ", ".join(name for name, asset in fetch.registry().items() if asset.kind == "corpus")
         raise UsageError(f"there is no text {corpus}: `corpus` is the path of a UTF-8 file, or one of {names}")
+    if path.stem in fetch.registry() and not fetch.identify(sha256_file(path)):
+        mistake = f"is not the registered {path.stem}, whose name it bears"
+        raise UsageError(f"corpus: {corpus} {mistake}: rename it, to my.txt, and run snakemake --config corpus=my.txt")
     # Texts of the same file name in different folders, or with different suffixes, have names of their own.
     return corpus, own_name(path.stem, None if path.parent == Path() and path.suffix in (".txt", "") else corpus)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def check(folder: Path) -> None:
         ours, theirs = actual.get(name), expected.get(name)
         if ours != theirs:
             state = f"was edited: its sha256 is {ours}, and not {theirs}" if ours and theirs else "was added or deleted"
-            advice = "restore it (git checkout), or measure again (make report, make reference)"
+            advice = (
+                f"restore it (git checkout {shlex.quote(str(folder))}), or measure again (make report, make reference)"
+            )
             raise PicogptError(f"{folder / name} {state} as in {folder / SUMS}: {advice}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from picogpt import records
 from picogpt.errors import PicogptError, UsageError
+from picogpt.registry import MODELS
 
 RESULTS = ("parameters", "steps", "epochs", "best_val_loss", "tokens_per_second", "train_seconds")
 SECTIONS = ("settings", "corpus", "device", "software", "execution", "results")
@@ -50,7 +51,7 @@ def find(name: str, weights: Path) -> Path:
         return Path(name)
     runs = {folder.relative_to(weights).parts: folder for folder in folders(weights)}
     if not runs:
-        raise UsageError(f"no training is in {weights}/: picogpt train makes one")
+        raise UsageError(f"no training is in {weights}/: picogpt train {next(iter(MODELS))} makes one")
     wanted = Path(name).parts
     # A name of one part is RUN; a longer one may begin with MODEL.
     starts = (1,) if len(wanted) == 1 else (0, 1)

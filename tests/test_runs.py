@@ -91,7 +91,7 @@ def test_the_list_for_machines_and_for_one_model(picogpt, weights: Path):
     (only,) = json.loads(picogpt("runs", "--model", "gpt2", "--json").out)
     assert only["folder"] == "weights/gpt2/stopped/words"
     nothing = picogpt("runs", "--model", "char-transformer")
-    assert (nothing.status, nothing.out, "picogpt train makes one" in nothing.err) == (0, "", True)
+    assert (nothing.status, nothing.out, "picogpt train char-transformer makes one" in nothing.err) == (0, "", True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_name_that_does_not_say_which_is_one_message(picogpt, weights: Path, a
 def test_without_any_training_it_says_how_to_make_one(picogpt):
     assert (picogpt("runs").status, picogpt("runs", "--json").out) == (0, "[]\n")
     run = picogpt("runs", "diff", "a", "b")
-    assert (run.status, "picogpt train makes one" in run.err) == (2, True)
+    assert (run.status, "picogpt train char-bigram makes one" in run.err) == (2, True)
 
 
 def test_neither_needs_torch(weights: Path):

@@ -15,7 +15,7 @@ def hardware(files: tuple[str, ...], draft: bool) -> None:
 
     \b
       picogpt hardware
-      picogpt hardware --draft > config/hardware/mine.yaml
+      picogpt hardware --draft > mine.yaml
       picogpt hardware mine.yaml
     """
     from picogpt import hardware as machine

@@ -42,7 +42,8 @@ def runs(context: click.Context, model: str | None, as_json: bool) -> None:
     elif found:
         click.echo(aligned([COLUMNS, *map(_row, found)], range(3, 8)))
     elif not damaged:
-        click.echo(f"no training{f' of {model}' if model else ''} is in {WEIGHTS}/: picogpt train makes one", err=True)
+        of_model = f" of {model}" if model else ""
+        click.echo(f"no training{of_model} is in {WEIGHTS}/: picogpt train {model or KINDS[0]} makes one", err=True)
     if damaged:
         raise PicogptError("\n".join(map(str, damaged)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,10 @@ def open_data(folder: str | Path) -> TokenData:
     """
     if (Path(folder) / MANIFEST).exists():
         return open_shards(folder)
-    if next(Path(folder).glob("train-*.bin"), None) and not (Path(folder) / "train.bin").exists():
-        raise PicogptError(f"{folder} has shards that were not joined: picogpt tokenize fineweb-edu --join N does it")
+    shards = list(Path(folder).glob("train-*.bin"))
+    if shards and not (Path(folder) / "train.bin").exists():
+        join = f"picogpt tokenize fineweb-edu --join {len(shards)} --folder {shlex.quote(str(folder))}"
+        raise PicogptError(f"{folder} has shards that were not joined: {join} joins them")
     train = open_tokens(Path(folder) / "train.bin")
     same = train.header.model_dump(include={"vocab_size", "text_sha256", "tokenizer_sha256", "data_sha256"})
     belongs = f"of the text, split and tokenizer of {train.path}"

@@ -62,8 +62,13 @@ def shard(number: int | str) -> File:
 def fetch_shard(number: int | str, cached_only: bool = False) -> Path:
     """The parquet file of a shard in the hub client's own cache. Raises like `fetch.obtain`."""
     data, file = dataset(), shard(number)
-    path, command = f"{data.folder}/{file.file}", f"picogpt fetch {NAME} --shard {number}"
-    return obtain(data.repository, path, data.revision, file.sha256, command, "dataset", cached_only)
+    path = f"{data.folder}/{file.file}"
+    return obtain(data.repository, path, data.revision, file.sha256, _command(number), "dataset", cached_only)
+
+
+def _command(number: int | str) -> str:
+    """What brings a shard, for messages."""
+    return f"picogpt fetch {NAME} --shard {number}"
 
 
 def tokenize(
@@ -89,7 +94,7 @@ def tokenize(
         if all(shards.is_whole(part, expected) for part, expected in headers.items()):
             return path
         if file:
-            require(file, shard(number), f"picogpt fetch {NAME} --shard {number}")
+            require(file, shard(number), _command(number))
         file = file or fetch_shard(number, cached_only=True)
         table = _open(file)
         total, documents = table.metadata.num_rows, _documents(table, file)

@@ -27,6 +27,7 @@ ALIGNMENT = 64
 LARGEST_HEADER = 1 << 16
 # Larger files are not checked at the start, which would take too long; their batches are checked one by one.
 CHECKED_COUNT = 1 << 26
+MAKES_ONE = "picogpt tokenize char or picogpt tokenize gpt2 makes one"
 
 
 class Header(Settings):
@@ -135,11 +136,11 @@ def open_tokens(
         with open(path, "rb") as file:
             magic, length = file.read(len(MAGIC)), int.from_bytes(file.read(4), "little")
             if magic != MAGIC or not 0 < length <= LARGEST_HEADER:
-                raise PicogptError(f"{path} is not a token file: picogpt tokenize makes one")
+                raise PicogptError(f"{path} is not a token file: {MAKES_ONE}")
             header = Header.model_validate_json(file.read(length))
         size = path.stat().st_size
     except OSError as error:
-        raise PicogptError(f"cannot read the token file {path}: {error.strerror}; picogpt tokenize makes it") from error
+        raise PicogptError(f"cannot read the token file {path}: {error.strerror}; {MAKES_ONE}") from error
     except ValidationError as error:
         raise PicogptError(f"{path} has a damaged header ({first_mistake(error)}): {remedy}") from error
     start = len(MAGIC) + 4 + length
