@@ -12,6 +12,7 @@ from picogpt.errors import PicogptError
 from picogpt.records import Key
 from picogpt.report import compare, figures
 from picogpt.report.compare import CORPUS, PUBLISHED_COLUMNS, published
+from picogpt.report.page import write_page
 from picogpt.train.loop import Trainer
 
 KEY = Key("train", "gpt2", "m")
@@ -217,6 +218,23 @@ def test_the_page_is_filled_in(picogpt, files: list[Path], tmp_path: Path):
     ):
         run = picogpt("report", "page", "--template", "wrong.j2", *page, *arguments)
         assert (run.status, message in run.err) == (status, True)
+
+
+def test_no_text_ends_a_cell_of_a_table(tmp_path: Path):
+    """Cells of the real template, but for those of the training ladder, whose texts have the same filter."""
+    values = {
+        "metric": "a|b",
+        "published": "1",
+        "measured": "",
+        "unit": "u",
+        "status": "s",
+        "note": "measured on x|y\nz",
+    }
+    (tmp_path / "summary.csv").write_text(pd.DataFrame([{"section": "s", **values}]).to_csv(index=False))
+    macro = (ROOT / "workflow/report/report.md.j2").read_text().partition("{% macro provenance")[0]
+    (tmp_path / "t.j2").write_text(macro + '{{ table(sections["s"]) }}')
+    write_page(tmp_path / "t.j2", tmp_path / "summary.csv", [], [], {}, [], [], tmp_path / "page.md")
+    assert r"| a\|b | 1 | – | u | s | measured on x\|y z |" in (tmp_path / "page.md").read_text().splitlines()
 
 
 def test_a_published_loss_of_another_kind_is_no_validation_loss():

@@ -41,6 +41,7 @@ def write_page(
     environment = Environment(undefined=StrictUndefined, **blocks)
     environment.filters["excerpt"] = lambda text, length: text if len(text) <= length else text[:length] + " …"
     environment.filters["fenced"] = lambda text: f"{_ticks(text, 3)}text\n{text}\n{_ticks(text, 3)}"
+    environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", r"\|")
     environment.filters["code"] = lambda text: f"{_ticks(text, 1)} {text} {_ticks(text, 1)}"
     measured, references = read_records(record_files), read_references(reference_files)
 
