@@ -7,13 +7,15 @@ READY  := $(VENV)/.ready
 # snakefmt runs shfmt, which is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: quick report test test-slurm check format rulegraph reference clean help
+.PHONY: quick report test test-slurm test-gpu bench-gpu check format rulegraph reference clean help
 
 help:
 	@echo "make quick    set up, then run the whole pipeline with small models, in minutes: quick/results/report.md"
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
 	@echo "make test     set up, then run the tests"
 	@echo "make test-slurm set up, then run the tests that start a SLURM cluster (Debian: slurmctld slurmd slurm-client munge)"
+	@echo "make test-gpu  set up, then run the tests that need a CUDA device"
+	@echo "make bench-gpu  set up, then measure training and sampling on the GPU: one table (NANOGPT=path/to/model.py beside it)"
 	@echo "make check    set up, then check style and types of Python and Snakemake files"
 	@echo "make reference  keep what was measured here in results/reference/ and media/reference/, to be committed"
 	@echo "make format   set up, then format Python and Snakemake files"
@@ -33,6 +35,15 @@ test: $(READY)
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: $(READY)
+	@$(BIN)/picogpt fetch tinyshakespeare
+	@$(BIN)/picogpt tokenize gpt2
+	@$(BIN)/picogpt tokenize char
+	$(BIN)/picogpt bench table $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -107,6 +107,63 @@ def train(
 
 
 @bench.command()
+@click.option("--nanogpt", type=click.Path(path_type=Path), help="nanoGPT's model.py, to be measured beside ours.")
+@click.option("--batch-size", type=click.IntRange(1), help="Sequences of a training step. [default: 64; on a CPU 4]")
+@click.option("--steps", type=click.IntRange(1), default=10, help="Training steps of each of three rounds.")
+@click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens of each run of sampling.")
+@click.option("--trainings/--no-trainings", default=True, help="Also the two short trainings, from start to end.")
+@common.data_option
+@common.set_option
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the rows to this JSON file.")
+def table(
+    nanogpt: Path | None,
+    batch_size: int | None,
+    steps: int,
+    num_tokens: int,
+    trainings: bool,
+    data: Path | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Measure training and sampling of GPT-2 on this device, and both short trainings: one table.
+
+    nanoGPT and transformers, where they are at hand, are measured in turn with ours in the same run.
+
+    \b
+      picogpt bench table
+      picogpt bench table --nanogpt ../nanoGPT/model.py --out table.json
+    """
+    from picogpt.config import load_experiment, model_file
+
+    experiment = load_experiment(model_file("gpt2"), overrides)
+    from itertools import chain
+
+    from picogpt import hardware, records
+    from picogpt.bench import table as tables
+    from picogpt.data.bpe import GPT2Tokenizer
+    from picogpt.data.corpus import open_data
+
+    device, tokens = hardware.select(), open_data(data or common.token_folder("gpt2"))
+    batch = batch_size or (64 if device.type == "cuda" else 4)
+    rows, texts = [], [("what", "picogpt", "unit", "peer", "its", "ratio")]
+    for row in chain(
+        [tables.training(experiment, nanogpt, batch, steps)],
+        tables.ladder_top(experiment, tokens),
+        tables.sampling(experiment, GPT2Tokenizer.fetched("resources"), num_tokens),
+        tables.whole_trainings(overrides) if trainings else (),
+    ):
+        rows.append(row._asdict())
+        theirs = (row.peer, f"{row.theirs:,.4g}", f"{row.ours / row.theirs:.2f}") if row.theirs else ("", "", "")
+        texts.append((row.what, f"{row.ours:,.5g}", row.unit, *theirs))
+        click.echo(f"{row.what}: {row.ours:,.5g} {row.unit}", err=True)
+    click.echo(f"{device.name}, {device.dtype}\n{common.aligned(texts, range(1, 2))}")
+    if out:
+        records.write(
+            out, {**records.provenance(device), "task": "table", "corpus": {}, "config": {}, "results": {"rows": rows}}
+        )
+
+
+@bench.command()
 @click.argument("files", nargs=-1, metavar="NAME=FILE...", required=True)
 @record_option
 def weights(files: tuple[str, ...], out: Path | None) -> None:
