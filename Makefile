@@ -7,12 +7,13 @@ READY  := $(VENV)/.ready
 # snakefmt runs shfmt, which is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: quick report test test-slurm test-gpu bench-gpu check format rulegraph reference clean help
+.PHONY: quick report test test-all test-slurm test-gpu bench-gpu check format rulegraph reference clean help
 
 help:
 	@echo "make quick    set up, then run the whole pipeline with small models, in minutes: quick/results/report.md"
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
 	@echo "make test     set up, then run the tests"
+	@echo "make test-all  set up, then run all tests, those of a SLURM cluster too"
 	@echo "make test-slurm set up, then run the tests that start a SLURM cluster (Debian: slurmctld slurmd slurm-client munge)"
 	@echo "make test-gpu  set up, then run the tests that need a CUDA device"
 	@echo "make bench-gpu  set up, then measure training and sampling on the GPU: one table (NANOGPT=path/to/model.py beside it)"
@@ -31,10 +32,12 @@ report: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slurm" --durations=25
-	@echo "not run: the tests marked slurm, which start a cluster of their own and take minutes: make test-slurm"
+	@echo "not run: the tests marked slurm, which start a cluster of their own and take minutes: make test-slurm, or make test-all"
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm
+
+test-all: test test-slurm
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

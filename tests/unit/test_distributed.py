@@ -10,7 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from conftest import SMALL_RUNTIME, gpt2_config
+from conftest import ROOT, SMALL_RUNTIME, gpt2_config
 
 from picogpt import checkpoint, hardware, records
 from picogpt.config import Experiment, GPT2Config
@@ -18,7 +18,7 @@ from picogpt.errors import UsageError
 from picogpt.train.distributed import World, init_distributed
 from picogpt.train.step import micro_batch_size, tokens_at_once
 
-RANK = Path(__file__).with_name("rank.py")
+RANK = ROOT / "tests/rank.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = {
     "dtype": "float32", "steps": 20, "batch_size": 8, "learning_rate": 0.01, "grad_clip": 1.0, "weight_decay": 0.1,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import gpt2_config
+from conftest import ROOT, gpt2_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from picogpt import models
@@ -129,7 +129,7 @@ def test_the_fused_loss_is_cross_entropy_whatever_is_held_at_once(monkeypatch, v
 def test_the_kernel_of_a_gpu_computes_the_same_loss_and_gradient():
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    script = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("interpreted.py"))]
+    script = [sys.executable, "-W", "ignore", str(ROOT / "tests/interpreted.py")]
     run = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert run.stdout == "equal\n", run.stderr
 
