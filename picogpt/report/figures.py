@@ -87,7 +87,7 @@ def drawable(text: str, most: int) -> str:
 def drawing(out: Path, width: float, height: float, banner: str = "") -> Iterator[Figure]:
     """A new figure in the style of all, of this size in inches; it is written to `out` as PNG, in one piece.
 
-    `banner` is a sentence in its upper right corner, for a run that is not one of the write-up.
+    `banner` is a sentence in its lower right corner, for a run that is not one of the write-up.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -98,7 +98,7 @@ def drawing(out: Path, width: float, height: float, banner: str = "") -> Iterato
         if banner:
             box = {"facecolor": "#fff3d6", "edgecolor": VERMILION, "boxstyle": "round,pad=0.35"}
             words = drawable(banner, 60)
-            figure.text(0.99, 1 - 0.08 / height, words, ha="right", va="top", fontsize=9.5, color=VERMILION, bbox=box)
+            figure.text(0.985, 0.12 / height, words, ha="right", va="bottom", fontsize=9.5, color=VERMILION, bbox=box)
         with atomic_write(out) as file:
             figure.savefig(file, format="png", dpi=144)
 

@@ -84,7 +84,6 @@ rule throughput:
         ),
     log:
         "logs/throughput_{hardware}.log",
-    priority: 90
     params:
         machine=lambda wildcards: machine(wildcards, "argument"),
         settings=lambda wildcards: machine(wildcards, "settings"),
