@@ -2,9 +2,11 @@
 
 import os
 import sys
+from contextlib import suppress
 
-if sys.path[:1] == [os.getcwd()]:
-    del sys.path[0]
+with suppress(FileNotFoundError):  # the folder was deleted
+    if sys.path[:1] == [os.getcwd()]:
+        del sys.path[0]
 
 from picogpt.cli import main
 

@@ -19,7 +19,7 @@ from picogpt import models
 from picogpt.config import Experiment, parse
 from picogpt.data.tokenizers import CharTokenizer, Tokenizer
 from picogpt.errors import PicogptError, UsageError, is_out_of_memory
-from picogpt.files import atomic_write, place
+from picogpt.files import LFS_POINTER, atomic_write, place
 from picogpt.models.language_model import LanguageModel, check_tensors, shapes_only
 from picogpt.registry import MODELS
 
@@ -165,8 +165,12 @@ def _load(path: Path, content: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             whole = zipfile.is_zipfile(file)  # the directory of a zip file is at its end: a truncated one has none
+            file.seek(0)
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError as error:
         raise PicogptError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    if pointer:
+        raise PicogptError(f"{path} only says where Git LFS keeps the checkpoint: git lfs pull brings it")
     if not whole:
         raise PicogptError(f"{path} is torn, or no checkpoint")
     try:

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, get_args, get_origin
+from typing import IO, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -30,6 +31,12 @@ from pydantic import (
 from picogpt.errors import UsageError
 from picogpt.files import read_text
 from picogpt.registry import GPT2_SIZES, MODELS, RUNGS, settings_class
+
+MOST = 1 << 20
+"""Sequences of a step. Far more could not even be counted, in the time that anybody waits for an error."""
+SHORT = reprlib.Repr()
+SHORT.maxlevel = 2
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
@@ -71,7 +78,7 @@ class CharTransformerConfig(ModelConfig):
     """A decoder-only transformer over characters."""
 
     kind: Literal["char-transformer"]
-    n_layer: int = setting(4, "number of blocks", ge=1)
+    n_layer: int = setting(4, "number of blocks", ge=1, le=4096)
     n_head: int = setting(4, "attention heads of a block", ge=1)
     n_embd: int = setting(256, "width of the residual stream", ge=2)
     block_size: int = setting(256, "context length, in characters", ge=2)
@@ -91,7 +98,7 @@ class GPT2Config(ModelConfig):
     size: Literal["124M", "355M", "774M", "1558M"] | None = setting(
         None, "a published size, 124M, 355M, 774M or 1558M: sets n_layer, n_head, n_embd", exclude=True
     )
-    n_layer: int = setting(12, "number of blocks", ge=1)
+    n_layer: int = setting(12, "number of blocks", ge=1, le=4096)
     n_head: int = setting(12, "attention heads of a block", ge=1)
     n_embd: int = setting(768, "width of the residual stream", ge=1)
     block_size: int = setting(1024, "context length, in tokens", ge=2)
@@ -119,7 +126,7 @@ class TrainConfig(Settings):
     init: Literal["scratch", "pretrained"] = setting("scratch", "initial weights; pretrained: OpenAI's (gpt2 only)")
     epochs: float | None = setting(None, "passes over the training text (this or steps)", gt=0)
     steps: int | None = setting(None, "optimizer steps (this or epochs)", ge=1)
-    batch_size: int = setting(16, "sequences per optimizer step, over all ranks", ge=1)
+    batch_size: int = setting(16, "sequences per optimizer step, over all ranks", ge=1, le=MOST)
     micro_batch_size: int | None = setting(None, "sequences of a forward pass on a rank; default: by device", ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; auto: bfloat16 where fast")
     residual_dtype: Literal["float32", "bfloat16"] = setting(
@@ -129,7 +136,7 @@ class TrainConfig(Settings):
     learning_rate: float = setting(3e-3, "peak learning rate of AdamW", gt=0)
     embedding_learning_rate: float | None = setting(None, "for the embeddings; default: learning_rate", gt=0)
     matrix_learning_rate: float = setting(0.02, "peak learning rate of Muon", gt=0)
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
+    betas: tuple[Decay, Decay] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
     eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
     momentum: float = setting(0.95, "Muon's Nesterov momentum", ge=0, lt=1)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices; never of gains, biases or embeddings", ge=0)
@@ -165,7 +172,7 @@ class RuntimeConfig(Settings):
         # YAML reads a bare on or off as a boolean.
         return ("off", "on")[value] if isinstance(value, bool) else value
 
-    threads: int = setting(0, "CPU threads; 0: one per core", ge=0)
+    threads: int = setting(0, "CPU threads; 0: one per core", ge=0, le=4096)
     log_interval: int = setting(10, "steps between lines of the metrics file", ge=1)
     checkpoint_interval: int = setting(100, "steps between checkpoints (last.pt)", ge=1)
 
@@ -180,10 +187,10 @@ class Experiment(Settings):
     @field_validator("model", mode="wrap")
     @classmethod
     def _by_kind(cls, value: Any, check: Callable[[Any], ModelConfig]) -> ModelConfig:
-        if not isinstance(value, dict) or "kind" not in value:
+        if not isinstance(value, dict):
             return check(value)
-        if value["kind"] not in MODELS:
-            raise ValueError(f"there is no kind {value['kind']!r}: there are {', '.join(MODELS)}")
+        if value.get("kind") not in list(MODELS):  # of any type, also one that cannot be a key
+            raise ValueError(f"there is no kind {value.get('kind')!r}: there are {', '.join(MODELS)}")
         return settings_class(value["kind"]).model_validate(value)
 
     def fingerprint(self, vocab_size: int, data_sha256: str) -> str:
@@ -203,7 +210,7 @@ class MachineConfig(Settings):
     kind: Literal["cpu", "cuda"] = Field(description="device type of torch")
     nodes: int = Field(1, ge=1, description="number of nodes")
     ranks: int = Field(1, ge=1, description="ranks per node, each with a GPU of its own")
-    batch_size: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
+    batch_size: int = Field(ge=1, le=MOST, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int = Field(ge=1, description="sequences of one forward pass on one rank")
     block_size: int = Field(1024, ge=2, description="tokens per sequence")
     warmup_steps: int = Field(ge=1, description="untimed steps at the start; compilation happens in the first")
@@ -272,11 +279,23 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return parse(Experiment, tree, source)
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, as YAML does; PyYAML would take the last one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path, stream: IO[str] | None = None) -> dict:
     """Read a YAML mapping from `path`, or from `stream`, which `path` then names in errors. Raises like `load_experiment`."""
     try:
-        tree = yaml.safe_load(stream or read_text(path))
-    except (yaml.YAMLError, ValueError) as error:
+        tree = yaml.load(stream or read_text(path), UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UsageError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
@@ -307,10 +326,10 @@ def _override(tree: dict, override: str) -> None:
     *parents, last = key.split(".")
     try:
         node = functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)
-        node[last] = yaml.safe_load(value)
+        node[last] = yaml.load(value, UniqueKeys)
     except (AttributeError, TypeError) as error:
         raise UsageError(f"--set {override!r}: {key} lies inside a value that is not a group of settings") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise UsageError(f"--set {override!r}: the value is not YAML") from error
     # Of the two ways to say how long to train, the one given last holds.
     if key in ("train.steps", "train.epochs"):
@@ -333,7 +352,10 @@ def _explain(cls: Any, tree: dict, detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}"
-    return f"{key}={json.dumps(detail['input'], default=str)}: {message[0].lower()}{message[1:]}"
+    value = detail["input"]
+    # Not all of what is nested: aliases in a YAML file can make it grow without bound.
+    shown = SHORT.repr(value) if isinstance(value, dict | list) else json.dumps(value, default=str)
+    return f"{key}={shown}: {message[0].lower()}{message[1:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -14,32 +15,58 @@ from typing import IO
 
 from picogpt.errors import PicogptError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file of a clone begins whose content Git LFS has not fetched."""
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; flush it to disk and rename it on success, delete it on failure.
 
-    Raises PicogptError, naming `path`, when the disk is full or the folder cannot be written.
+    Where `path` is a link, the file that it names is replaced; a device or a pipe is written into. Raises PicogptError,
+    naming `path`, when the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not (path.is_file() or path.is_dir()):  # renaming would end /dev/null, for root
+            with open(path, "wb") as file:
+                yield file
+            return
+        make_folder(path.parent)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # a rename survives a power cut only once its folder is on disk too
-        finally:
-            os.close(folder)
+        os.replace(temporary, target)
+        _flush_folder(target.parent)
     except OSError as error:
         raise PicogptError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _flush_folder(path: Path) -> None:
+    """A rename survives a power cut only once its folder is on disk too; not every file system can be asked for that."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(folder)
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make `folder` and those above it, unless they are there. Raises an OSError that explains a link to what is not there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        reason = f"{error.filename} is a file, or a link to a folder that is not there (is its disk mounted?)"
+        raise NotADirectoryError(errno.ENOTDIR, reason) from error
 
 
 def place(source: Path, target: Path) -> None:
@@ -67,10 +94,12 @@ def read_text(path: str | Path) -> str:
 def read_hashed(path: str | Path) -> tuple[str, str]:
     """The text of a UTF-8 file, or of a pipe, and the SHA-256 of its bytes, which are read once.
 
-    Raises PicogptError when it is missing, unreadable, or not UTF-8.
+    Raises PicogptError when it is missing, unreadable, not UTF-8, or only a pointer of Git LFS.
     """
     try:
         content = Path(path).read_bytes()
+        if content.startswith(LFS_POINTER):
+            raise PicogptError(f"{path} only says where Git LFS keeps the file: git lfs pull brings it")
         return content.decode("utf-8").removeprefix("\ufeff"), hashlib.sha256(content).hexdigest()
     except OSError as error:
         raise PicogptError(f"cannot read {path}: {error.strerror}") from error
@@ -106,7 +135,7 @@ def exclusive_lock(folder: str | Path, what: str, name: str = ".lock") -> Iterat
 
     lock = FileLock(Path(folder) / name)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         held = lock.acquire(timeout=0)
     except Timeout as error:
         raise PicogptError(f"another process is {what} in {folder}: wait for it, or use another folder") from error

@@ -110,6 +110,7 @@ def commit() -> tuple[str | None, bool | None]:
 
     def git(*arguments: str) -> str:
         # With --git-dir, an installed package never tells the commit of a repository around it.
+        # And status does not write to the index, which would lock it for a commit that the user makes at the same time.
         command = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}", *arguments]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
@@ -143,7 +144,7 @@ def read(path: str | Path) -> dict[str, Any]:
         record = json.loads(read_text(path))
         if not isinstance(record, dict):
             raise ValueError("it is no mapping")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PicogptError(f"{path} is not a result record: {error}") from error
     if record.get("schema_version") == 1:
         _upgrade(record)
@@ -157,7 +158,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise PicogptError(f"{path}, line {number}: {error}") from error
     return rows
 

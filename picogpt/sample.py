@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from picogpt import hardware
-from picogpt.errors import UsageError
+from picogpt.errors import PicogptError, UsageError
 from picogpt.models import kernels
 from picogpt.models.cache import KVCache
 from picogpt.models.gpt2 import GPT2
@@ -59,7 +59,7 @@ def generate(
     kernels depend on the batch size, so sequences eventually diverge. `on_token` is called with each column of new
     tokens (B,); sampling stops when it returns True.
 
-    Raises UsageError when `count` is below 1 or a prompt is empty.
+    Raises UsageError when `count` is below 1 or a prompt is empty, PicogptError when the logits are NaN.
     """
     if count < 1:
         raise UsageError(f"-n {count} must be 1 or more")
@@ -93,7 +93,7 @@ def generate(
         if decoder is None:
             # Without a cache: each sequence alone, its whole context computed again for every token.
             rows = [model(row[None, start:column])[:, -1] for row, start in zip(tokens, starts, strict=True)]
-            tokens[:, column] = choose(torch.cat(rows), decoding, uniform[:, made])
+            tokens[:, column] = choose(_numbers(torch.cat(rows)), decoding, uniform[:, made])
         elif starts != before:
             tokens[:, column] = decoder.read(tokens[:, min(starts) : column], starts, uniform[:, made])
         else:
@@ -113,7 +113,8 @@ class _Decoder:
     def read(self, contexts: torch.Tensor, starts: Sequence[int], uniform: torch.Tensor) -> torch.Tensor:
         """Prefill with contexts (B, T), where row b begins at column starts[b] - min(starts); return the next tokens."""
         self.cache.restart([start - min(starts) for start in starts])
-        return self._step(contexts, uniform)
+        logits = _numbers(self.model(contexts, cache=self.cache)[:, -1])
+        return choose(logits, self.decoding, uniform)
 
     def next(self, newest: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """The tokens after `newest` (B, 1)."""
@@ -156,6 +157,15 @@ def context_start(position: int, prompt_length: int, block_size: int) -> int:
     # Of a prompt longer than a block, the last block is kept; otherwise its first context would be cut at once.
     first = max(0, prompt_length - block_size)
     return first + max(0, -(-(position - first - block_size) // stride)) * stride
+
+
+def _numbers(logits: torch.Tensor) -> torch.Tensor:
+    """`logits`; raises PicogptError where they are NaN, of which `choose` would make text of a sort."""
+    if logits.isnan().any():
+        raise PicogptError(
+            "the model computes no numbers (NaN): its weights are damaged, or too large for this --dtype"
+        )
+    return logits
 
 
 def choose(logits: torch.Tensor, decoding: Decoding, uniform: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def quality(
 ) -> dict[str, Any]:
     """The record of a model's validation loss, and of a text of `num_tokens` tokens from each prompt, top-k 50.
 
-    Raises PicogptError when the data are of another tokenizer.
+    Raises PicogptError when the data are of another tokenizer, or the loss is not finite.
     """
     header = data.val.header
     if header.tokenizer_sha256 != tokenizer.sha256:
@@ -48,6 +49,8 @@ def quality(
     # A specialized output layer computes all logits of a batch at once, so evaluate one sequence at a time.
     fused = not isinstance(model, GPT2) or isinstance(model.head, TiedHead)
     loss = evaluate(model, data.val.ids, where, batch_size=None if fused else 1)
+    if not math.isfinite(loss):
+        raise PicogptError(f"the loss of {source} is {loss}: its weights are damaged, or too large for {dtype}")
     ids = [read_prompt(tokenizer, prompt, model.config.block_size, truncate=True) for prompt in prompts]
     decoding = Decoding(temperature=0.9, top_k=50)
     samples = sample_texts(model, tokenizer, ids, num_tokens, decoding, seed)[0] if prompts else []

@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -82,6 +83,10 @@ def main() -> None:
 
 
 def _run() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        sys.exit("picogpt: the working folder was deleted: go to another one")
     try:
         cli(standalone_mode=False)
     except click.Abort:

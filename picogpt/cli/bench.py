@@ -20,9 +20,9 @@ def bench() -> None:
 
 @bench.command("sample")
 @common.model_options
-@click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens per run and stream.")
+@click.option("-n", "--num-tokens", type=common.TOKENS, default=500, help="Tokens per run and stream.")
 @click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs, after a short warm-up run.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, help="Streams sampled together.")
+@click.option("--batch-size", type=common.STREAMS, default=1, help="Streams sampled together.")
 @record_option
 @common.optional_option
 def sample(

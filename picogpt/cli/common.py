@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from picogpt.errors import Unreachable, UsageError
+from picogpt.files import make_folder
 from picogpt.registry import MODELS, PRETRAINED
 
 if TYPE_CHECKING:
@@ -23,12 +25,32 @@ if TYPE_CHECKING:
     Loaded = tuple[LanguageModel, Tokenizer, str]
 
 KINDS = tuple(MODELS)
-PATH = click.Path(path_type=Path)
 WEIGHTS = Path("weights")
 RESOURCES = Path("resources")
 RUN_PATTERN = "Name of the run and of its folder. [default: the time, as in 20260210_183518]"
+TOKENS = click.IntRange(1, 10**8)
+STREAMS = click.IntRange(1, 10**5)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _Named(click.Path):
+    """A path that is not empty, as it is where a variable of the shell is not set; pathlib would take it for this folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Named(path_type=Path)
+
+
+def run_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    """The value of --name. Raises UsageError where it is not the name of one folder, which `picogpt runs` would find."""
+    if name is not None and (not name.strip() or name.startswith(".") or {"/", os.sep} & set(name)):
+        raise UsageError(f"--name {name!r} is no name of a folder: it may not be empty, have a / or begin with a dot")
+    return name
 
 
 def model_options(function: Function) -> Function:
@@ -66,10 +88,11 @@ def run_folder(parent: Path, name: str | None) -> Iterator[Path]:
         yield parent / name
         return
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    make_folder(parent)
     for number in itertools.count(1):
         folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             break
     try:
         yield folder

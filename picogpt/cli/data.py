@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from picogpt.cli.common import RESOURCES, RUN_PATTERN, WEIGHTS, run_folder
+from picogpt.cli.common import PATH, RESOURCES, RUN_PATTERN, WEIGHTS, run_folder, run_name
 from picogpt.errors import Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from picogpt.data.tokens import TokenData
 
 FINEWEB = "fineweb-edu"
-PATH = click.Path(path_type=Path)
 
-run_option = click.option("--name", "--run", "run", help=RUN_PATTERN)
+run_option = click.option("--name", "--run", "run", callback=run_name, help=RUN_PATTERN)
 corpus_option = click.option("--corpus", help="Name of the text in results. [default: its registered or file name]")
 FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
 val_fraction_option = click.option("--val-fraction", type=FRACTION, default=0.1, help="Validation share, at the end.")

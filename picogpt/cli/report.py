@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from picogpt.cli.common import PATH
 from picogpt.errors import UsageError
 
-PATH = click.Path(path_type=Path)
 OUT = click.option("--out", type=PATH, required=True)
 BANNER = click.option("--banner", default="", help="Sentence for runs that are not those of the write-up.")
 REFERENCES = click.option(
@@ -20,6 +21,8 @@ REFERENCES = click.option(
 @click.group()
 def report() -> None:
     """Write figures, tables and the page from result records."""
+    # A notebook leaves its own backend to the commands that it starts, and matplotlib fails where it lacks that one.
+    os.environ["MPLBACKEND"] = "agg"
 
 
 @report.command("loss-curve")

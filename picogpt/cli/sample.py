@@ -16,7 +16,7 @@ from picogpt.errors import PicogptError, UsageError
 
 @click.command()
 @common.model_options
-@click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens to sample.")
+@click.option("-n", "--num-tokens", type=common.TOKENS, default=500, help="Tokens to sample.")
 @click.option(
     "--prompt",
     "prompts",
@@ -29,7 +29,7 @@ from picogpt.errors import PicogptError, UsageError
 @click.option("--top-k", type=int, help="Sample from the k most likely tokens only.")
 @click.option("--top-p", type=float, help="Sample from the most likely tokens with this total probability (nucleus).")
 @click.option("--seed", type=int, default=1337, help="The same seed gives the same text; sample i uses seed + i.")
-@click.option("--num-samples", type=click.IntRange(1), default=1, help="Samples for each prompt, in one batch.")
+@click.option("--num-samples", type=common.STREAMS, default=1, help="Samples for each prompt, in one batch.")
 @click.option("--stop", "stops", multiple=True, help="Stop before this string; repeatable.")
 @click.option("--ignore-end", is_flag=True, help="Continue after <|endoftext|>, which otherwise ends a sample.")
 @click.option("--stream/--no-stream", default=None, help="Print tokens as they come. [default: on a terminal, for one]")
@@ -83,7 +83,7 @@ def sample(
 @common.model_options
 @common.data_option
 @click.option("--prompt", "prompts", multiple=True, help="Also continue this prompt; repeatable.")
-@click.option("-n", "--num-tokens", type=click.IntRange(1), default=100, help="Tokens of each continuation.")
+@click.option("-n", "--num-tokens", type=common.TOKENS, default=100, help="Tokens of each continuation.")
 @click.option("--seed", type=int, default=1337, help="Seed of the continuations.")
 @common.record_option
 @common.optional_option

@@ -46,7 +46,13 @@ class TrainCommand(click.Command):
 @click.command(cls=TrainCommand)
 @click.argument("kind", type=click.Choice(KINDS))
 @common.data_option
-@click.option("--name", "--run", "run", help=f"{common.RUN_PATTERN} An interrupted run continues under its name.")
+@click.option(
+    "--name",
+    "--run",
+    "run",
+    callback=common.run_name,
+    help=f"{common.RUN_PATTERN} An interrupted run continues under its name.",
+)
 @click.option("--folder", type=PATH, help="Folder of the run, in place of weights/KIND/RUN/.")
 @click.option("--config", help="YAML file of settings, or a name in config/models/. [default: of the model]")
 @common.set_option
@@ -89,7 +95,7 @@ def train(
     machine = machines.load(hardware) if hardware else None
     if machine:
         overrides += _batch(machine, overrides)
-    experiment = load_experiment(model_file(options["config"] or kind), overrides)
+    experiment = load_experiment(model_file(kind if options["config"] is None else options["config"]), overrides)
     if experiment.model.kind != kind:
         raise UsageError(f"{options['config']} describes a {experiment.model.kind}, not a {kind}")
     token_data = open_data(data or common.token_folder(kind))

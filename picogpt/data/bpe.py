@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -30,6 +31,8 @@ DOCUMENTS_AT_ONCE = 1024
 """Held in memory, about 5 MB of text."""
 PIECE_CHARACTERS = 1 << 20
 CUT = re.compile(r"(?<=\S)\n")
+LAST_BLANK = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])(?<=[^\S\x1c-\x1f]{1000})")
+"""The place in a long run of blanks where the pattern cuts it too: before the last one, which goes with the word behind."""
 
 
 class GPT2Tokenizer:
@@ -58,7 +61,15 @@ class GPT2Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode at position {error.start}: {text[:80]!r}") from error
-        return self.tiktoken.encode_to_numpy(text, allowed_special="all").astype(np.uint16)
+        return self._ids(text, allowed_special="all")
+
+    def _ids(self, text: str, **special: Any) -> np.ndarray:
+        try:
+            return self.tiktoken.encode_to_numpy(text, **special).astype(np.uint16)
+        except ValueError:  # its pattern cannot take back one of a million blanks
+            if len(parts := LAST_BLANK.split(text)) == 1:
+                raise
+            return np.concatenate([self._ids(part, **special) for part in parts])
 
     def encode_documents(self, documents: Iterable[str], threads: int = 0) -> np.ndarray:
         """Token ids, uint16, of documents with `<|endoftext|>` between them; on `threads` cores, 0 for all.
@@ -86,7 +97,7 @@ class GPT2Tokenizer:
     def _encode_piece(self, piece: tuple[str, bool]) -> np.ndarray:
         """The ids of a part of a document, with the end of text behind the last one."""
         text, is_last = piece
-        ids = self.tiktoken.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        ids = self._ids(text, disallowed_special=())
         return np.append(ids, np.uint16(len(self.ranks))) if is_last else ids
 
     def decode(self, ids: np.ndarray | list[int]) -> str:

@@ -113,6 +113,8 @@ def _read(paths: Sequence[Path], corpus: str | None) -> tuple[list[str], str, st
 
 def _split(path: Path, text: str, val_fraction: float) -> tuple[str, str]:
     """The text of `path` split in two, with the last `val_fraction` of its characters for validation."""
+    if not 0 < val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction} must be between 0 and 1")
     if not text:
         raise PicogptError(f"{path} is empty")
     cut = int(len(text) * (1 - val_fraction))

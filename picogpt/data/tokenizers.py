@@ -65,7 +65,7 @@ class CharTokenizer:
             if (found := {key: tree[key] for key in FORMAT}) != FORMAT:
                 raise ValueError(f"it has {found}, and this picogpt reads {FORMAT}")
             return cls("".join(tree["characters"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PicogptError(
                 f"{path} is no character tokenizer ({error}): picogpt tokenize char makes one"
             ) from error

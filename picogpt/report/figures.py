@@ -89,10 +89,10 @@ def drawing(out: Path, width: float, height: float, banner: str = "") -> Iterato
 
     `banner` is a sentence in its lower right corner, for a run that is not one of the write-up.
     """
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):  # not the user's own matplotlibrc, which may ask for TeX
         figure = Figure(figsize=(width, height))
         yield figure
         if banner:

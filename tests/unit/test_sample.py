@@ -249,8 +249,8 @@ def test_torchs_compiler_is_not_loaded(trained):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["-n", "0"], 2, "0 is not in the range x>=1"),
-        (["-n", "-5"], 2, "-5 is not in the range x>=1"),
+        (["-n", "0"], 2, "0 is not in the range 1<=x"),
+        (["-n", "-5"], 2, "-5 is not in the range 1<=x"),
         (["-n", "x"], 2, "'x' is not a valid integer"),
         (["--temperature", "-1"], 2, "--temperature -1"),
         (["--top-k", "0"], 2, "--top-k 0"),
