@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,8 @@ from picogpt.errors import UsageError
 from picogpt.files import own_name, sha256_file
 
 RESOURCES = Path("resources")
+CLOCK_TOLERANCE_S = 60
+"""By so much clocks of a network may differ. Snakemake fails where an output is older than its input."""
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -95,6 +98,7 @@ class Plan(Settings):
 
     text: str = Field(description="path of the text that everything is trained on")
     corpus: str = Field(description="name of that text in file names; if another replaces it, the files say so")
+    text_identity: dict[str, str] = Field(description="hash of a text of the user's own, by which a change is noticed")
     detected: list[str] = Field(description="keys with the value `auto`, resolved by looking at this machine")
     fast_dtype: str = Field(description="dtype of the benchmark of many streams")
     resources: dict[str, Any] = Field(description="resources of a job on a single device")
@@ -141,6 +145,7 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     return Plan(
         text=text,
         corpus=corpus,
+        text_identity={} if text == str(RESOURCES / "corpus.txt") else {"text_sha256": sha256_file(text)},
         detected=[key for key, value in resolvable.items() if value == "auto"],
         fast_dtype=_fast_dtype(gpus, here),
         resources=_job(asked, "default", gpus > 0).resources,
@@ -188,6 +193,10 @@ def _text(corpus: list[str] | str) -> tuple[str, str]:
     if path.stem in fetch.registry() and not fetch.identify(sha256_file(path)):
         mistake = f"is not the registered {path.stem}, whose name it bears"
         raise UsageError(f"corpus: {corpus} {mistake}: rename it, to my.txt, and run snakemake --config corpus=my.txt")
+    if path.stat().st_mtime > time.time() + CLOCK_TOLERANCE_S:
+        raise UsageError(
+            f"corpus: {corpus} was changed in the future, says its time: set that right with touch {corpus}"
+        )
     # Texts of the same file name in different folders, or with different suffixes, have names of their own.
     return corpus, own_name(path.stem, None if path.parent == Path() and path.suffix in (".txt", "") else corpus)
 

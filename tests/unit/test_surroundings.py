@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import small_experiment
 
-from picogpt import checkpoint, models, records
+from picogpt import checkpoint, models, plan, records
 from picogpt.cli.common import run_folder
 from picogpt.config import load_experiment, read_yaml
 from picogpt.data import bpe
@@ -227,3 +227,22 @@ def test_a_pointer_of_git_lfs_is_neither_a_text_nor_a_checkpoint(tmp_path: Path)
         tokenize_chars(tmp_path / "a.txt", tmp_path / "tokens")
     with pytest.raises(PicogptError, match="git lfs pull brings it"):
         checkpoint.load_weights(tmp_path / "a.txt")
+
+
+def test_another_text_in_place_of_the_first_is_noticed_whatever_its_time(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    identities = []
+    for text in ("first", "other"):
+        (tmp_path / "my.txt").write_text(text)
+        os.utime("my.txt", (1, 1))
+        identities.append(plan.make({"corpus": "my.txt"}, "configuration").text_identity)
+    assert identities[0] != identities[1]
+    assert plan.make({"corpus": ["tinyshakespeare"]}, "configuration").text_identity == {}
+
+
+def test_a_text_from_the_future_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("text")
+    os.utime("my.txt", (2**32, 2**32))
+    with pytest.raises(UsageError, match=r"my\.txt was changed in the future.*touch my\.txt"):
+        plan.make({"corpus": "my.txt"}, "configuration")

@@ -19,6 +19,7 @@ rule tokenize_char:
     log:
         "logs/tokenize_char.log",
     params:
+        **PLAN["text_identity"],  # of two texts the one that is moved here can be older than the tokens of the other
         run=RUN,
         flags="--drop-unseen" if config["drop_unseen"] else "",
     shell:
@@ -44,6 +45,7 @@ rule tokenize_gpt2:
     log:
         "logs/tokenize_gpt2.log",
     params:
+        **PLAN["text_identity"],
         run=RUN,
     shell:
         """
