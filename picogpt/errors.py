@@ -15,6 +15,10 @@ class UsageError(PicogptError):
     exit_status = 2
 
 
+class Unsuited(UsageError):
+    """The request would work, but this device has no use for it."""
+
+
 class Unreachable(PicogptError):
     """No source of a file answered; a different file may still be available."""
 

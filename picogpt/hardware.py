@@ -172,10 +172,17 @@ def attention(device: Device) -> AbstractContextManager:
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device.torch_name) != (9, 0):
         return nullcontext()
+    return attention_backends(device.type, cudnn=True)
+
+
+def attention_backends(device_type: str, cudnn: bool) -> AbstractContextManager:
+    """A context in which scaled_dot_product_attention on a GPU uses cuDNN's kernel first, or not at all."""
+    if device_type != "cuda":
+        return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *order] if cudnn else order, set_priority=True)
 
 
 def cpu_count() -> int:

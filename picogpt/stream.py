@@ -82,6 +82,7 @@ def sample_texts(
     stops: Sequence[str] = (),
     at_end_of_text: bool = True,
     cached: bool = True,
+    compiled: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> tuple[list[Sample], float]:
     """Continue each prompt, ids from `read_prompt`, by `count` tokens, or up to a stop string.
@@ -108,7 +109,7 @@ def sample_texts(
                 add(row, streams[row].push(token))
             return all(stream.ended for stream in streams)
 
-        generate(model, ids, count, decoding, seed, take, cached)
+        generate(model, ids, count, decoding, seed, take, cached, compiled)
     for row, stream in enumerate(streams):
         add(row, stream.close())
     seconds = time.perf_counter() - began

@@ -12,7 +12,7 @@ import click
 
 from picogpt import __version__
 from picogpt.cli import about, bench, data, report, runs, sample, train
-from picogpt.errors import PicogptError, is_out_of_memory
+from picogpt.errors import PicogptError, is_compile_error, is_out_of_memory
 from picogpt.ranks import first_to_fail
 
 
@@ -103,6 +103,8 @@ def _run() -> None:
             cause = message.strip().partition("\n")[0][:160]
             options = "train.micro_batch_size, --num-samples, --batch-size"
             message = f"out of memory ({cause}): process fewer sequences at once ({options}) or use a smaller model"
+        elif is_compile_error(error):
+            message = f"torch.compile does not work here, so go on without it: {message.strip().splitlines()[0]}"
         elif not explained:
             raise
         if first_to_fail():

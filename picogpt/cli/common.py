@@ -74,7 +74,12 @@ set_option = click.option(
 )
 record_option = click.option("--out", type=PATH, help="File for a record of the result.")
 optional_option = click.option(
-    "--optional", is_flag=True, help="Do not download OpenAI's weights: if they are not in the cache, record that."
+    "--optional",
+    is_flag=True,
+    help="Do not download OpenAI's weights: if they are not in the cache, or this device cannot measure it, record that.",
+)
+compile_option = click.option(
+    "--compile/--no-compile", "compiled", default=False, help="On a GPU, compile the step: for long samples."
 )
 
 

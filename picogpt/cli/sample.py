@@ -34,6 +34,7 @@ from picogpt.errors import PicogptError, UsageError
 @click.option("--ignore-end", is_flag=True, help="Continue after <|endoftext|>, which otherwise ends a sample.")
 @click.option("--stream/--no-stream", default=None, help="Print tokens as they come. [default: on a terminal, for one]")
 @click.option("--cache/--no-cache", "cached", default=True, help="Use a KV cache: faster; in float32 the same text.")
+@common.compile_option
 @click.option("--untrained", is_flag=True, help="Sample from the initial weights of the training.")
 @click.option("--out", type=PATH, help="Write the text to this file instead of the terminal.")
 def sample(
@@ -46,6 +47,7 @@ def sample(
       picogpt sample char-transformer --ckpt weights/char_transformer/RUN/best.pt \\
           --tokenizer-dir weights/char_tokenizer/RUN/ -n 10000
       picogpt sample gpt2-pretrained --prompt "Once upon a time" --top-k 40 --stop "The End"
+      picogpt sample gpt2 --dtype bfloat16 --compile -n 50000          long samples on a GPU
     """
     if prompts and prompt_file:
         raise UsageError("give --prompt or --prompt-file, not both")
@@ -66,8 +68,8 @@ def sample(
     echo = functools.partial(click.echo, nl=False)
     if stream and given:
         echo(texts[0])
-    model = sampling.prepare(model, options["device"], options["dtype"])
-    sampled = {name: options[name] for name in ("seed", "stops", "cached")}
+    model = sampling.prepare(model, options["device"], options["dtype"], compiled=options["compiled"])
+    sampled = {name: options[name] for name in ("seed", "stops", "cached", "compiled")}
     sampled |= {"at_end_of_text": not options["ignore_end"], "on_text": echo if stream else None}
     samples, seconds = streaming.sample_texts(model, tokenizer, ids, options["num_tokens"], decoding, **sampled)
     whole = "\n---\n".join((text if given else "") + made.text for text, made in zip(texts, samples, strict=True))

@@ -102,7 +102,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).chunk(3, dim=1)
         q, k = rotate(norm(q), cos, sin).to(v.dtype), rotate(norm(k), cos, sin).to(v.dtype)  # (B, H, T, D)
-        y = self.sdpa(q, k, v, is_causal=True) if cache is None else cache.attention(self.layer, q, k, v)
+        y = self.sdpa(q, k, v, is_causal=True) if cache is None else cache.attention(self.layer, q, torch.stack((k, v)))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

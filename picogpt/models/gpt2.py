@@ -109,11 +109,12 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3).unbind(2)  # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
+        q, k, v = qkv.unbind(2)  # (B, H, T, D)
         if cache is None:
             y = self.sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)  # (B, H, T, D)
         else:
-            y = cache.attention(self.layer, q, k, v)
+            y = cache.attention(self.layer, q, qkv[:, :, 1:].movedim(2, 0))
         return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

@@ -66,7 +66,7 @@ def _to_bfloat16(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.
     return output.bfloat16()
 
 
-def specialize(model: GPT2, layer: type[Bfloat16Linear] | type[PackedLinear]) -> GPT2:
+def specialize(model: GPT2, layer: type[Bfloat16Linear] | type[PackedLinear] | type[SplitLinear]) -> GPT2:
     """Replace every linear layer of a GPT-2 by `layer`, in place, and the output layer by one with its own copy of the table."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -298,6 +298,23 @@ class Int8Linear(Bfloat16Linear):
         if len(rows) <= FEW_ROWS and rows.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):
             return torch._weight_int8pack_mm(rows, self.weight, self.scale)
         return bfloat16_product(rows, self.weight.bfloat16()) * self.scale
+
+
+class SplitLinear(nn.Module):
+    """A linear layer that adds its bias after the product, which torch.compile then turns into a fast kernel for one row."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        self.register_buffer("weight", weight.detach())  # (out, in)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out)."""
+        y = F.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class PackedLinear(nn.Module):

@@ -1,16 +1,23 @@
+import gc
+import itertools
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL_RUNTIME, gpt2_config, small_experiment
 
-from picogpt import models
+from picogpt import hardware, models
+from picogpt import sample as sampling
 from picogpt.config import CharBigramConfig, Experiment
 from picogpt.data.corpus import tokenize_chars
-from picogpt.errors import PicogptError
+from picogpt.errors import PicogptError, UsageError
+from picogpt.models import kernels
+from picogpt.models.cache import attention_of_one
+from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel
 from picogpt.sample import Decoding, choose, context_start, generate, prepare
 from picogpt.stream import TextStream
@@ -49,14 +56,186 @@ def test_a_prompt_gives_the_same_text_beside_others_as_alone(model):
         assert torch.equal(together[row : row + 1], generate(model, [prompt], 30, Decoding(), seed=5 + row))
 
 
-@pytest.mark.parametrize("lengths", [(4,), (4, 9)])
-def test_a_step_of_fixed_shape_gives_the_same(model, lengths, monkeypatch: pytest.MonkeyPatch):
-    """What a CUDA graph replays on a GPU: masks over the whole cache, and a place known to the device alone."""
-    prompts = prompts_of(*lengths)
-    expected = generate(model, prompts, 40, Decoding(), seed=3)
+def taking(made: list[torch.Tensor], enough: int):
+    """A callback that keeps each column in `made`, and stops when there are `enough`."""
+    return lambda column: made.append(column) or len(made) == enough
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: LanguageModel, written_out: bool) -> None:
+    """Take the way of a GPU, but for its graph: a cache of fixed shape, and a host that looks one token later."""
     new_cache = model.new_cache
-    monkeypatch.setattr(model, "new_cache", lambda batch, padding=None, fixed=False: new_cache(batch, padding, True))
-    assert torch.equal(generate(model, prompts, 40, Decoding(), seed=3), expected)
+
+    def fixed_cache(batch: int, padding: torch.Tensor | None = None, fixed: bool = False):
+        if cache := new_cache(batch, padding, True):
+            cache.written_out = written_out
+        return cache
+
+    monkeypatch.setattr(model, "new_cache", fixed_cache)
+    monkeypatch.setitem(sampling.BEHIND, "cpu", 1)
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("lengths", [(1,), (4,), (4, 9), (1, 1)])
+def test_a_step_of_fixed_shape_gives_the_same(model, lengths, written_out: bool, monkeypatch: pytest.MonkeyPatch):
+    """What a CUDA graph replays on a GPU: masks over the whole cache, and a place known to the device alone."""
+    prompts, decoding = prompts_of(*lengths), Decoding()
+    expected = generate(model, prompts, 40, decoding, seed=3, cached=False)
+    as_on_a_gpu(monkeypatch, model, written_out)
+    made = []
+    assert torch.equal(generate(model, prompts, 40, decoding, 3, made.append), expected)
+    assert torch.equal(torch.stack(made, 1), expected)  # each of them, and in order
+    for enough in (1, 23, 40):
+        made.clear()
+        stopped = generate(model, prompts, 40, decoding, 3, taking(made, enough))
+        assert torch.equal(stopped, expected[:, :enough])
+        assert len(made) == enough
+
+
+def test_the_mask_of_a_fixed_step_is_made_of_numbers_in_the_dtype_of_the_cache():
+    model = models.build(gpt2_config(block_size=8), V, seed=1).bfloat16()
+    cache = model.new_cache(2, torch.tensor([0, 2]), fixed=True)
+    model(torch.zeros(2, 4, dtype=torch.int64), cache=cache)
+    assert cache.mask.dtype == torch.bool
+    assert cache.start(1).tolist() == [[4], [2]]
+    assert cache.mask.dtype == torch.bfloat16
+    none = -torch.inf
+    rows = [[0, 0, 0, 0, 0, none, none, none], [none, none, 0, 0, 0, none, none, none]]
+    assert cache.mask[:, 0, 0].tolist() == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_written_out_is_that_of_torch(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, length, 8, generator=generator).to(dtype) for length in (1, 20, 20))
+    mask = torch.zeros(3, 1, 1, 20, dtype=dtype).masked_fill(torch.arange(20) > 12, -torch.inf)
+    written = attention_of_one(q, k, v, mask)
+    assert written.dtype == dtype
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask.float())
+    torch.testing.assert_close(written.float(), expected, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-5)
+    torch.testing.assert_close(written, attention_of_one(q, k[:, :, :13], v[:, :, :13], mask[..., :13]))
+
+
+def test_what_is_kept_for_the_next_call_changes_nothing(model, monkeypatch: pytest.MonkeyPatch):
+    """Buffers of an earlier call with other prompts, seeds and lengths, and none where the weights moved."""
+    calls = [
+        ((5,), 30, 1, 0.8),
+        ((9,), 12, 2, 0.8),
+        ((9,), 50, 2, 0.8),
+        ((2, 7), 20, 3, 0.8),
+        ((7, 2), 20, 4, 0.8),
+        ((7, 2), 9, 4, 0),
+    ]
+    fresh = [generate(model, prompts_of(*lengths), n, Decoding(t), seed, cached=False) for lengths, n, seed, t in calls]
+    as_on_a_gpu(monkeypatch, model, written_out=True)
+    decoders = []
+    for (lengths, n, seed, t), expected in zip(calls, fresh, strict=True):
+        assert torch.equal(generate(model, prompts_of(*lengths), n, Decoding(t), seed), expected)
+        decoders.append(sampling._KEPT.get(model))
+    if decoders[0] is None:
+        return  # a bigram has nothing to keep
+    same = [one is other for one, other in itertools.pairwise(decoders)]
+    assert same == [True, False, False, True, False]  # 50 tokens are more than a block
+    kept = decoders[-1]
+    model.bfloat16().float()  # other memory
+    again = generate(model, prompts_of(7, 2), 9, Decoding(0), 4)
+    assert again.shape == (2, 9)
+    assert sampling._KEPT[model] is not kept
+    with pytest.raises(ZeroDivisionError):
+        generate(model, prompts_of(7, 2), 9, Decoding(0), 4, lambda column: 1 / 0)
+    assert model not in sampling._KEPT
+
+
+def test_a_model_that_is_gone_keeps_nothing():
+    model = models.build(gpt2_config(), V, seed=1).eval()
+    generate(model, prompts_of(3), 5, Decoding(), 1)
+    kept = weakref.ref(sampling._KEPT[model])
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_same(model):
+    prompts = prompts_of(4, 9)
+    if model.new_cache(1) is None:
+        with pytest.raises(UsageError, match="--compile is for the step of a KV cache"):
+            generate(model, prompts, 40, Decoding(), 3, compiled=True)
+        return
+    expected = [generate(model, prompts, 40, Decoding(), seed, cached=False) for seed in (3, 4)]
+    if isinstance(model, GPT2):
+        kernels.specialize(model, kernels.SplitLinear)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):  # one step, compiled once, for every position
+        for seed, tokens in zip((3, 4), expected, strict=True):
+            assert torch.equal(generate(model, prompts, 40, Decoding(), seed, compiled=True), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_added_after_the_product_changes_nothing(dtype: torch.dtype):
+    linear, x = torch.nn.Linear(32, 48).to(dtype), torch.randn(1, 1, 32, dtype=dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(kernels.SplitLinear(linear.weight, linear.bias)(x), linear(x), atol=tolerance, rtol=1e-2)
+
+
+def test_what_a_device_has_no_use_for_is_refused(monkeypatch: pytest.MonkeyPatch):
+    model = models.build(gpt2_config(), V, seed=1)
+    with pytest.raises(UsageError, match="--compile is for a GPU"):
+        prepare(model, "cpu", compiled=True)
+    monkeypatch.setattr(hardware, "select", lambda *_: hardware.Device("a GPU", "cuda:0", "bfloat16"))
+    with pytest.raises(UsageError, match=r"--dtype int8 .* use --dtype bfloat16"):
+        prepare(model, "auto", "int8")
+
+
+def test_cudnn_is_for_steps_and_not_for_prompts():
+    priority = torch._C._get_sdp_priority_order
+    with hardware.attention_backends("cuda", cudnn=True):
+        assert priority()[0] == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    with hardware.attention_backends("cuda", cudnn=False):
+        assert priority()[0] == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("lengths", [(5,), (5, 20, 9)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_on_a_gpu_a_graph_gives_the_tokens_of_the_cpu(model, lengths, temperature: float, compiled: bool):
+    """Greedy and drawn, past the context, stopped in between, and from the same graph for other prompts and seeds."""
+    cases = [(prompts_of(*lengths), 3), (prompts_of(*(length + 1 for length in lengths)), 4)]
+    decoding = Decoding(temperature)
+    expected = [generate(model, prompts, 40, decoding, seed) for prompts, seed in cases]
+    if model.new_cache(1) is None:
+        return
+    model, graphs = prepare(model, "cuda", compiled=compiled), set()
+    for (prompts, seed), tokens in zip([*cases, *cases], [*expected, *expected], strict=True):
+        there, made = [prompt.cuda() for prompt in prompts], []
+        new = generate(model, there, 40, decoding, seed, made.append, compiled=compiled)
+        assert torch.equal(new.cpu(), tokens)
+        assert torch.equal(torch.stack(made, 1), tokens)
+        made.clear()
+        stopped = generate(model, there, 40, decoding, seed, taking(made, 23), compiled=compiled)
+        assert torch.equal(stopped.cpu(), tokens[:, :23])
+        assert len(made) == 23
+        graphs.add(sampling._KEPT[model].graph)
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_on_a_gpu_bfloat16_steps_agree_with_the_prompt_read_anew():
+    """cuDNN's attention with a mask of numbers, compiled and not, against torch's over the whole context."""
+    config = gpt2_config(n_layer=2, n_head=4, n_embd=256, block_size=128)
+    model = models.build(config, V, seed=0).cuda().bfloat16().eval()
+    with torch.no_grad():
+        idx = torch.randint(V, (3, 60), device="cuda")
+        cache = model.new_cache(3, fixed=True)
+        model(idx[:, :50], cache=cache)
+        with hardware.attention_backends("cuda", cudnn=True):
+            steps = [model(idx[:, position : position + 1], cache=cache) for position in range(50, 60)]
+        expected = model(idx)[:, 50:]
+    assert (torch.cat(steps, 1) - expected).abs().max() < 0.1 * expected.std()
 
 
 def test_the_seed_decides_the_text(model):
@@ -70,7 +249,7 @@ def test_tokens_are_handed_over_as_they_are_made_and_may_be_enough(model):
     tokens = generate(model, prompts_of(1, 1), 9, Decoding(), 1, lambda column: made.append(column.clone()))
     assert torch.equal(torch.stack(made, 1), tokens)
     made.clear()
-    enough = generate(model, prompts_of(1, 1), 9, Decoding(), 1, lambda column: made.append(column) or len(made) == 4)
+    enough = generate(model, prompts_of(1, 1), 9, Decoding(), 1, taking(made, 4))
     assert torch.equal(enough, tokens[:, :4])
 
 
@@ -218,6 +397,16 @@ def test_the_command_line(trained, picogpt, tmp_path: Path):
     assert (tmp_path / "o.txt").read_text() == continued[:-1]
 
 
+@pytest.mark.slow
+def test_without_a_working_compiler_there_is_one_message(trained, picogpt, monkeypatch):
+    monkeypatch.setattr(sampling, "prepare", lambda model, *_, **__: model)  # which refuses to compile on a CPU
+    with torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",), "force_disable_caches": True}):
+        run = picogpt("sample", "char-transformer", "-n", 5, "--compile")
+    assert run.status == 1
+    assert "picogpt: torch.compile does not work here, so go on without it: " in run.err
+    assert "Traceback" not in run.err
+
+
 def test_a_character_model_is_loaded_with_its_tokenizer_wherever_that_lies(weights: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     best = weights / "char_transformer/r/best.pt"
@@ -261,6 +450,7 @@ def test_torchs_compiler_is_not_loaded(trained):
         (["--prompt", ""], 2, "prompt is empty"),
         (["--prompt", "the king and queen of night"], 2, "has 27 tokens and the context of this model holds 16"),
         (["--dtype", "int8"], 2, "int8 is for gpt2"),
+        (["--compile", "--device", "cpu"], 2, "--compile is for a GPU"),
         (["--prompt", "a", "--prompt-file", "b"], 2, "not both"),
         (["--prompt-file", "missing.txt"], 1, "missing.txt"),
         (["--ckpt", "missing.pt"], 1, "missing.pt"),
