@@ -33,6 +33,7 @@ class ModelPart(Settings, extra="ignore"):
 
 class GPT2Part(ModelPart):
     pretrained: bool = True
+    throughput_streams: Literal["auto"] | list[int] = "auto"
 
 
 class LadderPart(Settings, extra="ignore"):
@@ -100,7 +101,8 @@ class Plan(Settings):
     corpus: str = Field(description="name of that text in file names; if another replaces it, the files say so")
     text_identity: dict[str, str] = Field(description="hash of a text of the user's own, by which a change is noticed")
     detected: list[str] = Field(description="keys with the value `auto`, resolved by looking at this machine")
-    fast_dtype: str = Field(description="dtype of the benchmark of many streams")
+    fast_dtype: str = Field(description="dtype of the benchmarks of many streams")
+    streams: list[int] = Field(description="how many streams are sampled at once in each of them")
     resources: dict[str, Any] = Field(description="resources of a job on a single device")
     models: dict[str, TrainingPlan]
     gpt2: Job = Field(description="the training of GPT-2, on all devices")
@@ -148,6 +150,7 @@ def make(tree: dict[str, Any], source: str) -> Plan:
         text_identity={} if text == str(RESOURCES / "corpus.txt") else {"text_sha256": sha256_file(text)},
         detected=[key for key, value in resolvable.items() if value == "auto"],
         fast_dtype=_fast_dtype(gpus, here),
+        streams=_streams(asked, gpus),
         resources=_job(asked, "default", gpus > 0).resources,
         models=models,
         gpt2=gpt2,
@@ -220,6 +223,11 @@ def _fast_dtype(gpus: int, here: int) -> str:
         return "bfloat16" if gpus else "float32"
     # A CPU is described without torch, which takes seconds to load.
     return hardware.select("cpu" if machines.here()[0] == "cpu" else "auto").dtype
+
+
+def _streams(asked: Configuration, gpus: int) -> list[int]:
+    wanted = asked.gpt2.throughput_streams  # on a CPU 16 take minutes already
+    return ([16, 64, 256] if gpus else [16]) if wanted == "auto" else wanted
 
 
 def _job(asked: Configuration, machine: str, on_gpu: bool, ranks: int = 1, nodes: int = 1) -> Job:

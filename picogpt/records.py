@@ -19,7 +19,7 @@ SCHEMA_VERSION = 2
 HUB_UNREACHABLE = "hub unreachable"
 """Recorded where OpenAI's weights are not in the local cache."""
 PARTS: dict[str, Any] = {
-    "task": str, "model": str | None, "machine": str | None, "rung": str | None, "dtype": str | None,
+    "task": str, "model": str | None, "machine": str | None, "rung": str | None, "dtype": str | None, "streams": str | None,
     "device.name": str, "device.kind": str, "device.cores": int, "software": dict, "commit": str | None, "dirty": bool | None,
     "corpus": dict, "config": dict, "results": dict, "not_measured": str | None, "missing": dict | None,
 }  # fmt: skip
@@ -48,11 +48,13 @@ class Key(NamedTuple):
     rung: str | None = None
     dtype: str | None = None
     """float32, bfloat16 or int8: the data type of the weights, of evaluate and sampling."""
+    streams: str | None = None
+    """How many are sampled at once, of streams; None in older records."""
 
     def __str__(self) -> str:
         """The name in messages and, with underscores, of files: "train gpt2", "ladder cpu flash"."""
         if self.task == "streams":
-            return f"sampling {self.model} streams"
+            return " ".join(filter(None, ("sampling", self.model, self.streams, "streams")))
         return " ".join(part for part in (self._replace(model=None) if self.task == "ladder" else self) if part)
 
 
@@ -123,10 +125,15 @@ def commit() -> tuple[str | None, bool | None]:
         return None, None
 
 
+def not_measured(key: Key, why: str, device: hardware.Device) -> dict[str, Any]:
+    """The record of what this device does not measure, and why."""
+    nothing = {"corpus": {}, "config": {}, "results": {}, "not_measured": why}
+    return {**provenance(device), **key._asdict(), **nothing}
+
+
 def unreachable(key: Key, reason: str) -> dict[str, Any]:
     """The record of what could not be measured because the hub did not answer."""
-    nothing = {"corpus": {}, "config": {}, "results": {}, "not_measured": HUB_UNREACHABLE, "reason": reason}
-    return {**provenance(hardware.select("cpu")), **key._asdict(), **nothing}
+    return not_measured(key, HUB_UNREACHABLE, hardware.select("cpu")) | {"reason": reason}
 
 
 def write(path: str | Path, record: dict[str, Any]) -> None:

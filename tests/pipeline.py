@@ -32,7 +32,7 @@ SMALL = {
     "gpt2": {
         "set": [*SMALL_GPT, "model.block_size=16", "train.steps=6", "train.eval_interval=3"],
         "sample_tokens": 30, "prompts": ["the king", "O"], "prompt_tokens": 5, "dtypes": ["int8"],
-        "throughput_tokens": 10, "throughput_runs": 2, "throughput_streams": 2,
+        "throughput_tokens": 10, "throughput_runs": 2, "throughput_streams": [2],
     },
     "fineweb": {"shards": 1},
     "run": "pipeline",

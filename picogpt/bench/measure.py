@@ -76,6 +76,7 @@ def speed(
     runs: int,
     batch_size: int,
     prompt: str,
+    compiled: bool = False,
     seed: int = 1337,
 ) -> dict[str, Any]:
     """The record of `runs` runs of `num_tokens` tokens in `batch_size` streams at once, after a short one to warm up.
@@ -84,7 +85,7 @@ def speed(
     """
     selected = hardware.select(device, "float32" if dtype == "float32" else "bfloat16")
     record = {**records.provenance(selected), **key._asdict()}
-    model = prepare(model, device, dtype)
+    model = prepare(model, device, dtype, compiled=compiled)
     ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(selected.torch_name)
 
     def run(count: int, seed: int) -> tuple[float, float]:
@@ -92,11 +93,11 @@ def speed(
         times: list[float] = []
 
         def look(tokens: torch.Tensor) -> None:
-            tokens.tolist()  # waits for the device
+            tokens.tolist()  # as a text from them needs
             times.append(time.perf_counter())
 
         began = time.perf_counter()
-        generate(model, [ids] * batch_size, count, Decoding(), seed, look)
+        generate(model, [ids] * batch_size, count, Decoding(), seed, look, compiled=compiled)
         return times[0] - began, times[-1] - began
 
     run(min(num_tokens, 16), seed)
@@ -107,6 +108,7 @@ def speed(
             advance(1)
     rates = [batch_size * num_tokens / whole for _, whole in timed]
     config = {"num_tokens": num_tokens, "runs": runs, "batch_size": batch_size, "prompt": prompt, "seed": seed}
+    config |= {"compiled": compiled}
     return {
         **record,
         "corpus": {},

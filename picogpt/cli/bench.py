@@ -10,7 +10,7 @@ import click
 
 from picogpt.cli import common
 from picogpt.cli.common import PRETRAINED, record_option
-from picogpt.errors import UsageError
+from picogpt.errors import Unsuited, UsageError, is_out_of_memory
 
 
 @click.group()
@@ -23,6 +23,7 @@ def bench() -> None:
 @click.option("-n", "--num-tokens", type=common.TOKENS, default=500, help="Tokens per run and stream.")
 @click.option("--runs", type=click.IntRange(1), default=5, help="Timed runs, after a short warm-up run.")
 @click.option("--batch-size", type=common.STREAMS, default=1, help="Streams sampled together.")
+@common.compile_option
 @record_option
 @common.optional_option
 def sample(
@@ -33,20 +34,30 @@ def sample(
     \b
       picogpt bench sample gpt2 --dtype int8
       picogpt bench sample gpt2 --batch-size 16 --runs 3
+      picogpt bench sample gpt2 --dtype bfloat16 --compile             on a GPU
     """
-    from picogpt import records
+    from picogpt import hardware, records
 
-    dtype, streams = measured["dtype"], measured["batch_size"] > 1
-    key = records.Key("streams", kind) if streams else records.Key("sampling", kind, dtype=dtype)
+    dtype, streams = measured["dtype"], measured["batch_size"]
+    alone = records.Key("sampling", kind, dtype=dtype)
+    key = records.Key("streams", kind, streams=str(streams)) if streams > 1 else alone
     model, tokenizer, source = common.load_or_record(key, out, optional, ckpt, tokenizer_dir)
     from picogpt.bench import measure
     from picogpt.stream import first_prompt
 
     prompt = first_prompt(tokenizer, kind in PRETRAINED)
-    record = measure.speed(key, model, tokenizer, source, prompt=prompt, **measured)
+    try:
+        record = measure.speed(key, model, tokenizer, source, prompt=prompt, **measured)
+    except Exception as error:
+        too_large = is_out_of_memory(error)
+        if not (out and optional and (too_large or isinstance(error, Unsuited))):
+            raise
+        why = f"{streams} streams do not fit into the memory of this device" if too_large else str(error)
+        record = records.not_measured(key, why, hardware.select(measured["device"]))
     if out:
         records.write(out, record)
-    results = record["results"]
+    if not (results := record["results"]):
+        return click.echo(f"{key}: not measured here: {record['not_measured']}")
     listed = ", ".join(f"{rate:.2f}" for rate in results["tokens_per_second"])
     click.echo(f"{kind} {dtype}: {listed}; mean {results['mean']:.2f} tokens/s")
 

@@ -30,7 +30,7 @@ def test_on_a_cpu(monkeypatch):
     gpus(monkeypatch)
     made = make()
     assert (made.text, made.corpus) == ("resources/corpus.txt", "tinyshakespeare")
-    assert made.detected == ["gpus", "ladder: hardware"]
+    assert (made.detected, made.streams) == (["gpus", "ladder: hardware"], [16])
     assert list(made.models) == ["char_bigram", "char_transformer", "gpt2"]
     assert all(model.file == [] for model in made.models.values())  # the shipped settings
     assert json.loads(made.models["gpt2"].settings).keys() == {"model", "train"}  # how it runs decides no result
@@ -45,7 +45,8 @@ def test_on_a_cluster_every_machine_asks_for_its_own(monkeypatch):
     gpus(monkeypatch)  # the machine that submits
     models = {"h100x16": "hopper", "default": "any"}
     made = make(gpus=4, gpu_model=models, ladder={"hardware": ["h100x2", "h100x16", "cpu"]})
-    assert (made.detected, made.fast_dtype) == ([], "bfloat16")
+    assert (made.detected, made.fast_dtype, made.streams) == ([], "bfloat16", [16, 64, 256])
+    assert make(gpus=4, gpt2={"throughput_streams": [8]}).streams == [8]
     requested = made.gpt2.resources
     assert (requested["gpu"], requested["gpu_model"], requested["cpus_per_task"]) == (4, "any", 32)
     assert made.gpt2.launch.startswith("torchrun --nproc_per_node=4 ")

@@ -23,7 +23,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Write a file of one published number in place of the shipped one; the row is given from `published` on."""
 
     def write(row: str) -> None:
-        lines = [",".join(PUBLISHED_COLUMNS), f"s,m,train,gpt2,m,,,loss,u,{row}", ""]
+        lines = [",".join(PUBLISHED_COLUMNS), f"s,m,train,gpt2,m,,,,loss,u,{row}", ""]
         (tmp_path / "published.csv").write_text("\n".join(lines))
         monkeypatch.setattr(compare, "config_folder", lambda: tmp_path)
         published.cache_clear()
@@ -100,7 +100,7 @@ def test_a_number_of_another_device_may_come_from_a_reference_record_of_it(publi
         ("2.0,,0.1,lowr,,yes,yes,", "line 2: better is 'lowr', not higher or lower"),
         ("2.0,,0.1,,,maybe,yes,", "line 2: depends_on_text is 'maybe'"),
         ("two,,0.1,,,yes,yes,", "cannot read .*published.csv: .*two"),
-        ("2.0,,0.1,,,yes,yes,\ns,m,train,gpt2,,,,loss,u,2.0,,0.1,,,yes,yes,", "line 3: duplicate metric 'm'"),
+        ("2.0,,0.1,,,yes,yes,\ns,m,train,gpt2,,,,,loss,u,2.0,,0.1,,,yes,yes,", "line 3: duplicate metric 'm'"),
     ],
 )
 def test_a_wrong_value_of_the_table_is_named(publish, row: str, message: str):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SMALL_RUNTIME, gpt2_config, small_experiment
 
-from picogpt import hardware, models
+from picogpt import hardware, models, records
 from picogpt import sample as sampling
 from picogpt.config import CharBigramConfig, Experiment
 from picogpt.data.corpus import tokenize_chars
@@ -19,6 +19,7 @@ from picogpt.models import kernels
 from picogpt.models.cache import attention_of_one
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel
+from picogpt.records import Key
 from picogpt.sample import Decoding, choose, context_start, generate, prepare
 from picogpt.stream import TextStream
 from picogpt.train.loop import Trainer
@@ -405,6 +406,35 @@ def test_without_a_working_compiler_there_is_one_message(trained, picogpt, monke
     assert run.status == 1
     assert "picogpt: torch.compile does not work here, so go on without it: " in run.err
     assert "Traceback" not in run.err
+
+
+def test_what_a_device_cannot_measure_is_recorded_where_that_is_asked_for(trained, picogpt, monkeypatch):
+    command = ["bench", "sample", "char-transformer", "-n", 3, "--runs", 2, "--batch-size"]
+    assert picogpt(*command, 2, "--out", "2.json").status == 0
+    record = records.read("2.json")
+    assert records.key(record) == Key("streams", "char-transformer", streams="2")
+    assert str(records.key(record)) == "sampling char-transformer 2 streams"
+    assert (record["config"]["batch_size"], record["config"]["compiled"]) == (2, False)
+
+    def full(*arguments: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("picogpt.bench.measure.generate", full)
+    assert picogpt(*command, 2, "--out", "2.json").status == 1
+    run = picogpt(*command, 2, "--optional", "--out", "2.json")
+    assert (run.status, records.read("2.json")["results"]) == (0, {})
+    assert "not measured here: 2 streams do not fit into the memory" in run.out
+
+    monkeypatch.setattr(hardware, "select", lambda *_: hardware.Device("a GPU", "cuda:0", "bfloat16"))
+    run = picogpt(*command, 1, "--dtype", "int8", "--out", "int8.json")
+    assert (run.status, Path("int8.json").exists()) == (2, False)
+    assert "use --dtype bfloat16" in run.err
+    assert picogpt(*command, 1, "--dtype", "int8", "--optional", "--out", "int8.json").status == 0
+    record = records.read("int8.json")
+    assert records.key(record) == Key("sampling", "char-transformer", dtype="int8")
+    assert record["device"]["name"] == "a GPU"
+    assert "use --dtype bfloat16" in record["not_measured"]
+    assert "reason" not in record  # which belongs to what the hub did not give
 
 
 def test_a_character_model_is_loaded_with_its_tokenizer_wherever_that_lies(weights: Path, tmp_path: Path, monkeypatch):

@@ -6,8 +6,9 @@ localrules:
     bench_weights,
 
 
-# How the command line names each GPT-2. Where OpenAI's is not here, --optional writes a record that says so.
-GPT2_ARGUMENTS = {"gpt2": ["gpt2", f"--ckpt={GPT2}/best.pt"], "gpt2-pretrained": ["gpt2-pretrained", "--optional"]}
+# How the command line names each GPT-2. Where OpenAI's is not here, or the device has no use for the dtype, --optional writes
+# a record that says so.
+GPT2_ARGUMENTS = {"gpt2": ["gpt2", f"--ckpt={GPT2}/best.pt"], "gpt2-pretrained": ["gpt2-pretrained"]}
 
 
 rule evaluate:
@@ -34,7 +35,7 @@ rule evaluate:
         prompts=lambda wildcards: expand("--prompt={prompt}", prompt=config["gpt2"]["prompts"]),
         prompt_tokens=config["gpt2"]["prompt_tokens"],
     shell:
-        "picogpt evaluate {params.model:q}"
+        "picogpt evaluate {params.model:q} --optional"
         " --dtype {wildcards.dtype}"
         f" --data {GPT2_TOKENS}"
         " {params.prompts:q}"
@@ -63,7 +64,7 @@ rule bench_sampling:
         tokens=config["gpt2"]["throughput_tokens"],
         runs=config["gpt2"]["throughput_runs"],
     shell:
-        "picogpt bench sample {params.model:q}"
+        "picogpt bench sample {params.model:q} --optional"
         " --dtype {params.dtype}"
         " -n {params.tokens}"
         " --runs {params.runs}"
@@ -76,11 +77,11 @@ use rule bench_sampling as bench_sampling_streams with:
         weights=f"{GPT2}/best.pt",
         ranks="resources/gpt2.tiktoken",
     output:
-        "results/records/sampling_gpt2_streams.json",
+        "results/records/sampling_gpt2_{streams}_streams.json",
     log:
-        "logs/bench_sampling_gpt2_streams.log",
+        "logs/bench_sampling_gpt2_{streams}_streams.log",
     params:
-        model=[*GPT2_ARGUMENTS["gpt2"], f"--batch-size={config['gpt2']['throughput_streams']}"],
+        model=lambda wildcards: [*GPT2_ARGUMENTS["gpt2"], f"--batch-size={wildcards.streams}"],
         on_hub="",
         dtype=PLAN["fast_dtype"],
 

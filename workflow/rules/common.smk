@@ -38,6 +38,7 @@ wildcard_constraints:
     model="|".join(MODELS),
     gpt2="gpt2|gpt2-pretrained",
     dtype="float32|bfloat16|int8",
+    streams="[0-9]+",
     hardware=r"[A-Za-z0-9_-]+",
     rung=r"[a-z0-9_]+",
 

@@ -26,7 +26,8 @@ RECORDS = [
         gpt2=GPT2_MODELS,
         dtype=config["gpt2"]["dtypes"],
     ),
-    *expand("results/records/{name}.json", name=["sampling_gpt2_streams", "weights", *PLAN["measured_rungs"]]),
+    *expand("results/records/sampling_gpt2_{streams}_streams.json", streams=PLAN["streams"]),
+    *expand("results/records/{name}.json", name=["weights", *PLAN["measured_rungs"]]),
 ]
 RUN_FOLDERS = {
     **{model: f"weights/{model}/{RUN}" for model in MODELS},
