@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from picogpt import cli
 from picogpt.config import Experiment, GPT2Config
 from picogpt.data.bpe import GPT2Tokenizer, fetch_ranks
-from picogpt.data.corpus import tokenize_chars
+from picogpt.data.corpus import tokenize_chars, tokenize_gpt2
 from picogpt.data.tokens import TokenData
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,3 +202,10 @@ def gpt2(gpt2_resources: Path) -> GPT2Tokenizer:
 def gpt2_config(**settings: object) -> GPT2Config:
     """The settings of a GPT-2 with one small block, or with these `settings`."""
     return GPT2Config(**{"kind": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, **settings})
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path, gpt2: GPT2Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2_tokens")
+    tokenize_gpt2([corpus], folder, gpt2)
+    return folder

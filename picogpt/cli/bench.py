@@ -147,6 +147,7 @@ def table(
     from picogpt.config import load_experiment, model_file
 
     experiment = load_experiment(model_file("gpt2"), overrides)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would write lines of its own among ours
     from itertools import chain
 
     from picogpt import hardware, records

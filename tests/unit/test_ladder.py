@@ -14,7 +14,7 @@ from conftest import gpt2_config
 
 from picogpt import hardware, machines, records
 from picogpt.bench import ladder
-from picogpt.data.corpus import open_data, tokenize_gpt2
+from picogpt.data.corpus import open_data
 from picogpt.errors import PicogptError
 from picogpt.models.gpt2 import GPT2
 from picogpt.registry import RUNGS, Rung
@@ -41,13 +41,6 @@ def measure(rung: str, tokens, machine: machines.MachineConfig | None = None, **
 def machine_file(path: Path, **settings: object) -> Path:
     path.write_text(yaml.safe_dump({**MACHINE, **settings}))
     return path
-
-
-@pytest.fixture(scope="module")
-def gpt2_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path, gpt2) -> Path:
-    folder = tmp_path_factory.mktemp("gpt2_tokens")
-    tokenize_gpt2([corpus], folder, gpt2)
-    return folder
 
 
 @pytest.fixture
