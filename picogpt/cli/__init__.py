@@ -97,12 +97,12 @@ def _run() -> None:
         sys.exit(error.exit_code)
     except (PicogptError, OSError, RuntimeError, MemoryError) as error:
         message, explained = str(error), isinstance(error, PicogptError)
-        if isinstance(error, OSError):
-            message = (f"{error.filename}: " if error.filename else "") + (error.strerror or message)
-        elif is_out_of_memory(error) and not explained:
-            cause = message.strip().partition("\n")[0][:160]
+        if is_out_of_memory(error) and not explained:
+            cause = message.strip().partition("\n")[0][:160] or type(error).__name__
             options = "train.micro_batch_size, --num-samples, --batch-size"
             message = f"out of memory ({cause}): process fewer sequences at once ({options}) or use a smaller model"
+        elif isinstance(error, OSError):
+            message = (f"{error.filename}: " if error.filename else "") + (error.strerror or message)
         elif is_compile_error(error):
             message = f"torch.compile does not work here, so go on without it: {message.strip().splitlines()[0]}"
         elif not explained:

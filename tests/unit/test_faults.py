@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import small_experiment
 
 from picogpt import checkpoint, models, plan, records
@@ -103,6 +104,27 @@ def test_a_validation_text_of_one_token_is_refused_where_it_is_made_and_where_it
     write_tokens(data.val.path, train.header.model_copy(update={"split": "val"}), [(1, data.train.ids[:1])])
     with pytest.raises(PicogptError, match=r"val\.bin"):
         open_data(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["sample", "char-transformer", "-n", "5", "--num-samples", "100000"], ""),
+        (["bench", "sample", "char-transformer", "-n", "5", "--batch-size", "100000"], ""),
+        (["evaluate", "char-transformer", "--ckpt", "large.pt"], "unable to mmap"),  # and no "damaged": it is whole
+    ],
+)
+def test_out_of_memory_of_a_model_in_use_is_a_message(greek: Path, arguments: list[str], cause: str):
+    if "large.pt" in arguments:
+        tree = torch.load(greek / "weights/char_transformer/a/best.pt", weights_only=True)
+        tree["model"]["large"] = torch.zeros(80 << 20)  # 320 MiB
+        torch.save(tree, greek / "large.pt")
+    command = [sys.executable, "-c", LIMIT, *arguments, "--device=cpu"]
+    done = subprocess.run(command, cwd=greek, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert f"picogpt: out of memory ({cause}" in done.stderr
+    assert "()" not in done.stderr
+    assert "damaged" not in done.stderr
 
 
 def test_out_of_memory_on_a_cpu_is_a_message(greek: Path):
