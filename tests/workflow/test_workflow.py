@@ -109,6 +109,13 @@ def test_a_mistake_is_named(finished: Path, arguments: list[str], messages: list
     assert {path.parent.name for path in finished.glob("results/records/ladder/*/*")} == {"box"}
 
 
+def test_a_mistake_in_the_configuration_is_told_by_its_message_alone(tmp_path: Path):
+    configure(tmp_path, corpus="nothere.txt")
+    out = snakemake(tmp_path, "-n", status=1)
+    assert "\npicogpt: there is no text nothere.txt" in out
+    assert ".smk" not in out
+
+
 def test_the_report_of_snakemake_has_every_artifact(finished: Path):
     snakemake(finished, "--report", "report.html")
     page = (finished / "report.html").read_text()

@@ -19,7 +19,8 @@ def ask_for_plan():
         command = [sys.executable, "-m", "picogpt", "plan", "-"]
         answer = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True)
         if answer.returncode:
-            raise WorkflowError(answer.stderr.strip())
+            print(answer.stderr.strip(), file=sys.stderr)
+            sys.exit(1)  # of an exception Snakemake would print lines of this file too
         os.environ.update(PICOGPT_PLAN=answer.stdout)
     return json.loads(os.environ.get("PICOGPT_PLAN"))
 
