@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -174,12 +175,20 @@ def test_a_stopped_run_without_a_name_says_which_name_goes_on(
     assert (again.status, "holds a run of other settings" in again.err) == (1, True)
 
 
-def test_memory_that_runs_out_is_a_message(picogpt, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_is_a_message(picogpt, monkeypatch: pytest.MonkeyPatch, error: Exception):
     def hungry() -> None:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+        raise error
 
     monkeypatch.setattr("picogpt.machines.names", hungry)
     failed = picogpt("hardware")
     assert failed.status == 1
-    assert failed.err.startswith("picogpt: out of memory (")
+    assert failed.err.startswith(f"picogpt: out of memory ({str(error) or 'MemoryError'}): process fewer")
     assert "--num-samples" in failed.err

@@ -1,6 +1,7 @@
 """Situations from public bug reports of programs like this one, each met as its user met it."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_experiment
+from pipeline import BOX
 
 from picogpt import checkpoint, models, plan, records
 from picogpt.cli.common import run_folder
@@ -125,6 +127,30 @@ def test_out_of_memory_of_a_model_in_use_is_a_message(greek: Path, arguments: li
     assert f"picogpt: out of memory ({cause}" in done.stderr
     assert "()" not in done.stderr
     assert "damaged" not in done.stderr
+
+
+def test_a_ladder_finds_the_micro_batch_that_fits_into_the_memory_of_a_cpu(tmp_path: Path, corpus: Path, gpt2):
+    tokenize_gpt2([corpus], tmp_path / "tokens", gpt2)
+    batch = {"batch_size": 16, "micro_batch_size": 16, "block_size": 64}  # 200 MiB of logits
+    (tmp_path / "box.yaml").write_text(json.dumps({**BOX, **batch, "rungs": ["baseline"]}))
+    small = ["--set=model.n_layer=1", "--set=model.n_embd=16", "--set=model.n_head=2"]
+    arguments = [
+        "bench",
+        "train",
+        "--hardware=box.yaml",
+        "--rung=baseline",
+        "--data=tokens",
+        "--out=record.json",
+        *small,
+    ]
+    limit = LIMIT.replace("import torch", "import picogpt.bench.ladder").replace("300", "700")
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    results = records.read(tmp_path / "record.json")["results"]
+    assert results["out_of_memory"]
+    assert results["micro_batch_size"] < 16
 
 
 def test_out_of_memory_on_a_cpu_is_a_message(greek: Path):
