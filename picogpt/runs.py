@@ -84,6 +84,22 @@ def differences(first: Path, second: Path) -> list[tuple[str, str, Any, Any]]:
     return sorted(found, key=lambda difference: SECTIONS.index(difference[0]))
 
 
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the metrics of a training; where one is not finished, up to the first line that is incomplete.
+
+    Raises PicogptError when a finished training has a line that is not JSON.
+    """
+    finished = folder / "metrics.jsonl"
+    return records.read_lines(finished) if finished.exists() else _growing(folder / "checkpoints/metrics.jsonl")
+
+
+def unit(folder: Path) -> str | None:
+    """What the losses of a training are a mean over, character or token; None of one that is not finished."""
+    if not (folder / "record.json").exists():
+        return None
+    return "character" if str(_record(folder)["model"]).startswith("char") else "token"
+
+
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / "record.json"
     if not path.exists():
@@ -104,14 +120,9 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 
 def _begun(folder: Path, model: str, run: str, corpus: str | None = None) -> dict[str, Any]:
-    """The values of a run without a record, from its metrics. They may be being written: the last line may be incomplete."""
+    """The values of a run without a record, from its metrics."""
     metrics = folder / "checkpoints/metrics.jsonl"
-    rows: list[dict[str, float]] = []
-    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
-        try:
-            rows.append({name: float(value) for name, value in json.loads(line).items()})
-        except (ValueError, TypeError, AttributeError):
-            break
+    rows = _growing(metrics)
     last = {name: value for row in rows for name, value in row.items()}
     steps = int(last["step"]) if "step" in last else None
     best = min((row["val_loss"] for row in rows if "val_loss" in row), default=None)
@@ -120,3 +131,14 @@ def _begun(folder: Path, model: str, run: str, corpus: str | None = None) -> dic
     origin = {"ranks": None, "device": None}
     date = datetime.fromtimestamp((metrics if metrics.exists() else folder).stat().st_mtime, UTC)
     return {"model": model.replace("_", "-"), "corpus": corpus, **results, **origin, "date": date}
+
+
+def _growing(metrics: Path) -> list[dict[str, float]]:
+    """The lines of a file that may be being written, up to the first one that is incomplete."""
+    rows: list[dict[str, float]] = []
+    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
+        try:
+            rows.append({name: float(value) for name, value in json.loads(line).items()})
+        except (ValueError, TypeError, AttributeError):
+            break
+    return rows

@@ -7,11 +7,12 @@ import re
 from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import click
 
-from picogpt.cli.common import KINDS, WEIGHTS, aligned
+from picogpt.cli.common import KINDS, PATH, WEIGHTS, aligned
 from picogpt.errors import PicogptError, UsageError
 
 COLUMNS = ("run", "model", "corpus", "parameters", "steps (epochs)", "best val", "tokens/s", "s", "device", "date")
@@ -27,6 +28,7 @@ def runs(context: click.Context, model: str | None, as_json: bool) -> None:
     \b
       picogpt runs --model gpt2
       picogpt runs diff RUN RUN
+      picogpt runs plot RUN RUN RUN --out curves.png
     """
     if context.invoked_subcommand:
         if model or as_json:
@@ -77,6 +79,29 @@ def diff(first: str, second: str) -> None:
     click.echo(aligned(rows, range(1, 4)))
     if {section for section, *_ in differing} == {"results"}:
         click.echo("the same settings, corpus, device, software and execution")
+
+
+@runs.command()
+@click.argument("names", metavar="RUN...", nargs=-1, required=True)
+@click.option("--by", type=click.Choice(["epoch", "step"]), default="epoch", help="Quantity of the horizontal axis.")
+@click.option("--out", type=PATH, required=True, help="PNG file.")
+def plot(names: tuple[str, ...], by: str, out: Path) -> None:
+    """Draw the losses of trainings, finished or not, in one picture.
+
+    RUN is a folder, or a name from `picogpt runs`, or MODEL/RUN if a name is ambiguous.
+
+    \b
+      picogpt runs plot wide 20260210_183518 --out curves.png
+    """
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: the picture is a PNG file, so its name must end in .png")
+    from picogpt.report.figures import draw_runs
+    from picogpt.runs import find, metrics, unit
+
+    folders = {name: find(name, WEIGHTS) for name in names}
+    units = sorted(set(filter(None, map(unit, folders.values()))))
+    draw_runs({name: metrics(folder) for name, folder in folders.items()}, out, by, " or ".join(units) or "token")
+    click.echo(out)
 
 
 def _row(run: dict[str, Any]) -> list[str]:

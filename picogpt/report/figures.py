@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish; grey for published values.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
+COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE: Any = {
     "figure.facecolor": "white", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "text.parse_math": False, "axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False,
@@ -38,7 +39,8 @@ def draw_loss_curve(run_folder: Path, out: Path, banner: str = "") -> None:
     Two panels: the whole run, and its lower part magnified. Epochs are marked by dotted lines. `banner`: see `drawing`.
     """
     record = records.read(run_folder / "record.json")
-    train, val, exact_train = _losses(run_folder / "metrics.jsonl")
+    metrics = run_folder / "metrics.jsonl"
+    train, val, exact_train = _losses(records.read_lines(metrics), metrics)
     results, device, lines = record["results"], record["device"], _references(record)
     marker: Any = {"linestyle": "none", "markeredgecolor": "white", "zorder": 5}
     part = {"part": "part of the text", "whole": "whole text"}.get(record["config"]["train"].get("eval_train"))
@@ -74,6 +76,42 @@ def draw_loss_curve(run_folder: Path, out: Path, banner: str = "") -> None:
         figure.tight_layout(rect=(0, 0.21, 1, 1))
 
 
+def draw_runs(runs: dict[str, list[dict[str, Any]]], out: Path, by: str = "epoch", unit: str = "token") -> None:
+    """Validation and training losses of several runs, each a name and the lines of its metrics, by epoch or step.
+
+    The vertical axis shows what comes after the first tenth of each run. The losses are in nats per `unit`. Raises
+    PicogptError when a run has no validation loss yet.
+    """
+    curves = [_losses(rows, name, by)[:2] for name, rows in runs.items()]
+    if nothing := [name for name, (_, val) in zip(runs, curves, strict=True) if val.empty]:
+        raise PicogptError(f"{nothing[0]} has no validation loss yet: there is nothing to draw")
+    ends = [max([*train.index, *val.index]) for train, val in curves]
+    limits = [_magnified(train, val, [], end) for (train, val), end in zip(curves, ends, strict=True)]
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    margin = 0.03 * (high - low) or 0.1
+    names = [drawable(name if len(name) <= 90 else f"…{name[-89:]}", 90) for name in runs]
+    longest = max(map(len, names))
+    columns = 1 if longest > 50 else 2 if longest > 30 else 3
+    below = 0.4 + 0.21 * -(-len(names) // columns)  # inches, for the legend and its title
+    with drawing(out, 11, 4.1 + below) as figure:
+        both = figure.subplots(1, 2, sharey=True)
+        for axes, part, title in zip(
+            both, (1, 0), ("validation, whole text", "training batches, smoothed"), strict=True
+        ):
+            for number, losses in enumerate(curves):
+                dashes = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+                marker = "" if len(losses[part]) > 1 else "o"
+                axes.plot(losses[part], dashes, marker=marker, linewidth=1.8, color=COLOURS[number % len(COLOURS)])
+            axes.set(xlabel=by, xlim=(-0.01 * max(ends), 1.02 * max(ends) or 1), ylim=(low - margin, high + margin))
+            axes.set_title(title, loc="left", fontsize=11)
+        both[0].set_ylabel(f"loss, nats per {unit}")
+        # The value comes first: matplotlib leaves out labels that begin with _.
+        labels = [f"{val.min():.4f}  {name}" for (_, val), name in zip(curves, names, strict=True)]
+        legend: Any = {"loc": "lower left", "bbox_to_anchor": (0.03, 0), "ncols": columns, "alignment": "left"}
+        figure.legend(both[0].lines, labels, fontsize=9.5, title="best validation loss, and run", **legend)
+        figure.tight_layout(rect=(0, below / (4.1 + below), 1, 1))
+
+
 def drawable(text: str, most: int) -> str:
     """A user's text in a figure: at most `most` characters, with code points in place of those that the font lacks."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -103,19 +141,19 @@ def drawing(out: Path, width: float, height: float, banner: str = "") -> Iterato
             figure.savefig(file, format="png", dpi=144)
 
 
-def _losses(metrics: Path) -> list[pd.Series]:
-    """The losses of the training batches, of validation and of the training text by epoch.
+def _losses(rows: list[dict[str, Any]], source: object, by: str = "epoch") -> list[pd.Series]:
+    """The losses of the training batches, of validation and of the training text by epoch, or by step.
 
     Those of batches are means over about a fortieth of the run, so that the trend is seen and not their noise.
     """
-    rows, losses = records.read_lines(metrics), ("train_loss", "val_loss", "train_loss_exact")
+    losses = ("train_loss", "val_loss", "train_loss_exact")
     try:
-        frame = pd.DataFrame(rows, columns=["epoch", *losses], dtype=float)
+        frame = pd.DataFrame(rows, columns=[by, *losses], dtype=float)
     except (ValueError, TypeError) as error:
-        raise PicogptError(f"{metrics} has a loss that is no number: {error}") from error
-    train, val, exact_train = (frame[["epoch", loss]].dropna() for loss in losses)
+        raise PicogptError(f"{source} has a loss that is no number: {error}") from error
+    train, val, exact_train = (frame[[by, loss]].dropna() for loss in losses)
     train = train.groupby(np.arange(len(train)) // max(1, len(train) // 40)).mean()
-    return [part.set_index("epoch").iloc[:, 0] for part in (train, val, exact_train)]
+    return [part.set_index(by).iloc[:, 0] for part in (train, val, exact_train)]
 
 
 def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int, ...]]]:

@@ -181,3 +181,44 @@ def test_neither_needs_torch(weights: Path):
         command = [sys.executable, "-c", script, *arguments]
         run = subprocess.run(command, cwd=weights.parent, capture_output=True, text=True, check=True, env=os.environ)
         assert run.stdout.endswith("False\n")
+
+
+def test_the_losses_of_runs_finished_or_not_are_drawn_in_one_picture(picogpt, weights: Path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **settings: (figures.append(self), save(self, *a, **settings))
+    )
+    begin(weights / "gpt2/_odd 中/words", '{"step": 0, "epoch": 0, "val_loss": 4.0}\n{"step": 8, "val')
+    begin(weights / f"gpt2/{'x' * 150}/words", '{"step": 0, "epoch": 0, "val_loss": 4.0}\n')
+    run = picogpt("runs", "plot", "short", "char_bigram/long", "_odd 中", "x" * 150, "--by", "step", "--out", "all.png")
+    assert (run.status, run.out.strip(), run.err) == (0, "all.png", "")
+    assert Path("all.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = figures
+    validation, training = figure.axes
+    assert [line.get_xdata().tolist() for line in validation.lines] == [[0, 5, 10], [0, 5, 10, 15, 20], [0], [0]]
+    assert [len(line.get_xdata()) for line in training.lines] == [1, 2, 0, 0]
+    best = [json.loads((weights / f"char_bigram/{name}/record.json").read_text())["results"]["best_val_loss"] for name in ("short", "long")]  # fmt: skip
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
+        f"{best[0]:.4f}  short",
+        f"{best[1]:.4f}  char_bigram/long",
+        "4.0000  _odd U+4E2D",
+        f"4.0000  …{'x' * 89}",
+    ]
+    assert validation.get_ylabel() == "loss, nats per character"
+
+
+def test_a_picture_that_cannot_be_drawn_says_why(picogpt, weights: Path):
+    (weights / "gpt2/begun/words/checkpoints").mkdir(parents=True)
+    (weights / "char_bigram/short/metrics.jsonl").write_text('{"step": 0, "epoch": 0, "val_loss": "low"}\n')
+    for arguments, status, message in (
+        (["long", "--out", "all.pdf"], 2, "--out all.pdf: the picture is a PNG file"),
+        (["lnog", "--out", "all.png"], 2, "no run is called lnog; there are: char_bigram/long"),
+        (["begun", "--out", "all.png"], 1, "begun has no validation loss yet"),
+        (["short", "--out", "all.png"], 1, "short has a loss that is no number"),
+    ):
+        run = picogpt("runs", "plot", *arguments)
+        assert (run.status, message in run.err) == (status, True), run.err
+    assert not list(Path().glob("*.png"))
