@@ -175,6 +175,9 @@ class RuntimeConfig(Settings):
     threads: int = setting(0, "CPU threads; 0: one per core", ge=0, le=4096)
     log_interval: int = setting(10, "steps between lines of the metrics file", ge=1)
     checkpoint_interval: int = setting(100, "steps between checkpoints (last.pt)", ge=1)
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "none", "gets the metrics too; tensorboard writes to the folder of the run"
+    )
 
 
 class Experiment(Settings):

@@ -2,6 +2,7 @@
 
 .lock           held while it runs
 checkpoints/    last.pt, last.previous.pt, best.pt, metrics.jsonl: written while it runs, removed at its end
+tensorboard/    what runtime.tracker=tensorboard writes; removed by --replace
 best.pt         the weights with the lowest validation loss
 metrics.jsonl   losses by step
 record.json     the numbers and their provenance; written last, so it marks the run as finished
@@ -50,6 +51,7 @@ class RunFolder:
         elif record is not None:
             for name in ("record.json", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         return record or None
 
     def record(self, replace: bool) -> dict[str, Any] | None:
@@ -87,6 +89,7 @@ class RunFolder:
             os.replace(self.last, self.last.with_name("last.damaged.pt"))
         elif state is not None and not state:
             shutil.rmtree(self.work)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
             self.work.mkdir()
         return state or None
 
@@ -113,17 +116,20 @@ class RunFolder:
         self._refuse_unless(replace)
         return {}, False
 
-    def cut_metrics(self, step: int) -> None:
-        """Keep the lines up to `step`: later ones are written again, and the last one may be incomplete."""
-        kept = []
+    def cut_metrics(self, step: int) -> list[dict[str, float]]:
+        """Keep the lines up to `step`, return later ones: they are written again. The last one may be incomplete."""
+        kept, cut = [], []
         for line in self.metrics.read_text(encoding="utf-8").splitlines() if step and self.metrics.exists() else []:
             try:
-                if json.loads(line)["step"] > step:
-                    break
+                row = json.loads(line)
             except json.JSONDecodeError:
                 break
-            kept.append(f"{line}\n")
+            if row["step"] > step:
+                cut.append(row)
+            else:
+                kept.append(f"{line}\n")
         write_text(self.metrics, "".join(kept))
+        return cut
 
     def save(self, state: dict[str, Any]) -> None:
         """Write last.pt atomically. Raises PicogptError when it cannot be written."""

@@ -30,6 +30,7 @@ from picogpt.train.evaluate import evaluate
 from picogpt.train.folder import RunFolder
 from picogpt.train.signals import collect_stop_signals
 from picogpt.train.step import Step, Switches, micro_batch_size, tokens_at_once
+from picogpt.train.tracker import Row, tracking
 
 TOKENS_TO_COMPILE = 10_000_000
 """Of a whole training; of one of 0.6 million tokens of GPT-2 on an H100, 17.7 of 19.5 s were compilation."""
@@ -114,12 +115,12 @@ class Trainer:
             self.world.broadcast_from_main(lambda: held.enter_context(self.folder.held()))
             if finished := self.world.broadcast_from_main(lambda: self.folder.finished(replace)):
                 return finished
-            self._resume(replace)
+            cut = self._resume(replace)
             # Delete the distributed wrapper before the process group: its destructor joins a gloo thread while holding
             # the GIL, and that thread may be waiting for the GIL.
             held.callback(setattr, self.step, "forward", self.model)
             self.step.distribute()
-            log = self._writer(held)
+            log = self._writer(held, cut)
             bar = Training(self.experiment.model.kind, self.total_steps, self.progress.step, shown=self.world.is_main)
             with bar:
                 self._loop(bar, log)
@@ -127,8 +128,12 @@ class Trainer:
             self.world.broadcast_from_main(lambda: self.folder.publish(record))
             return record
 
-    def _writer(self, held: ExitStack) -> Callable[..., None]:
-        """A function that appends a line to the metrics file on rank 0, and does nothing elsewhere."""
+    def _writer(self, held: ExitStack, cut: list[Row] | None) -> Callable[..., None]:
+        """A function that appends a line to the metrics file on rank 0, for the tracker too, and does nothing elsewhere."""
+        trackers: list[Callable[[Row], None]] = []
+        if (kind := self.runtime.tracker) != "none":
+            made = tracking(kind, self.folder.path, self.experiment.model_dump(mode="json"), cut)
+            self.world.broadcast_from_main(lambda: trackers.append(held.enter_context(made)))
         if not self.world.is_main:
             return lambda **values: None
         metrics = held.enter_context(open(self.folder.metrics, "a", encoding="utf-8"))
@@ -138,6 +143,8 @@ class Trainer:
             row = {"step": p.step, "epoch": round(self.sampler.epoch(p.step), 4), **values}
             row |= {"train_seconds": round(p.train_seconds, 3), "eval_seconds": round(p.eval_seconds, 3)}
             print(json.dumps(row), file=metrics, flush=True)
+            for track in trackers:
+                track(row)
 
         return write
 
@@ -304,8 +311,8 @@ class Trainer:
             self._best = state if saves_now else {name: tensor.clone() for name, tensor in state.items()}
         self._add_time_to("save_seconds")
 
-    def _resume(self, replace: bool) -> None:
-        """Load the last checkpoint, if there is one, on every rank."""
+    def _resume(self, replace: bool) -> list[Row] | None:
+        """Load the last checkpoint, if there is one, on every rank; the lines of the metrics after it, or None for a new run."""
         state = self.world.broadcast_from_main(lambda: self.folder.load(replace))
         if state:
             self._restore(state)
@@ -313,7 +320,8 @@ class Trainer:
             # The other ranks get the weights from rank 0 when the distributed wrapper is made.
             self.world.broadcast_from_main(self._load_pretrained)
         self.progress.sessions += 1
-        self.world.broadcast_from_main(lambda: self.folder.cut_metrics(self.progress.step))
+        cut = self.world.broadcast_from_main(lambda: self.folder.cut_metrics(self.progress.step))
+        return cut if state else None
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint. Raises PicogptError when it does not fit."""
