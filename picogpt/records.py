@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -58,6 +59,8 @@ class Key(NamedTuple):
         return " ".join(part for part in (self._replace(model=None) if self.task == "ladder" else self) if part)
 
 
+BITS_PER_BYTE = "of the lowest val loss: nats per token * corpus.val_tokens / (corpus.val_bytes * ln 2)"
+"""The unit of `val_bits_per_byte` in results."""
 Records = Mapping[Key, dict[str, Any]]
 
 
@@ -73,6 +76,15 @@ def at(record: Any, path: str) -> Any:
             record = {str(index): item for index, item in enumerate(record)}
         record = record.get(part) if isinstance(record, dict) else None
     return record
+
+
+def bits_per_byte(loss: float, corpus: Mapping[str, Any]) -> float | None:
+    """A loss in nats per token as bits per byte of the validation text, in which models of any tokens compare.
+
+    None where the size of the text is not known.
+    """
+    size = corpus.get("val_bytes")
+    return loss * corpus["val_tokens"] / size / math.log(2) if size else None
 
 
 def provenance(device: hardware.Device) -> dict[str, Any]:

@@ -55,12 +55,18 @@ def quality(
     decoding = Decoding(temperature=0.9, top_k=50)
     samples = sample_texts(model, tokenizer, ids, num_tokens, decoding, seed)[0] if prompts else []
     config = {"source": source, "dtype": dtype, "prompts": list(prompts), "num_tokens": num_tokens, "seed": seed}
+    corpus = data.corpus()
+    corpus["val_bytes"] = corpus["val_bytes"] or tokenizer.count_bytes(data.val.ids[:])  # an older file does not say it
     return {
         **record,
-        "corpus": data.corpus(),
+        "corpus": corpus,
         "config": {"model": model.config.model_dump(), **config},
-        "units": {"val_loss": "nats per token, mean over the whole split"},
-        "results": {"val_loss": loss, "texts": [sample.text for sample in samples]},
+        "units": {"val_loss": "nats per token, mean over the whole split", "val_bits_per_byte": records.BITS_PER_BYTE},
+        "results": {
+            "val_loss": loss,
+            "val_bits_per_byte": records.bits_per_byte(loss, corpus),
+            "texts": [sample.text for sample in samples],
+        },
     }
 
 

@@ -111,7 +111,9 @@ def evaluate(
     record = measure.quality(key, model, tokenizer, source, token_data, **measured)
     if out:
         records.write(out, record)
-    click.echo(f"{source}, {key.dtype}: validation loss {record['results']['val_loss']:.6f} nats per token")
+    results = record["results"]
+    losses = f"{results['val_loss']:.6f} nats per token, {results['val_bits_per_byte']:.4f} bits per byte"
+    click.echo(f"{source}, {key.dtype}: validation loss {losses}")
     for prompt, text in zip(record["config"]["prompts"], record["results"]["texts"], strict=True):
         click.echo(f"---\n{prompt}{text}")
 

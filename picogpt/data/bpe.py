@@ -49,6 +49,7 @@ class GPT2Tokenizer:
         special, pattern = {END_OF_TEXT: len(self.ranks)}, r50k_pat_str
         self.tiktoken = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=special)
         self.vocab_size = self.tiktoken.n_vocab
+        self._lengths = np.array([*map(len, sorted(self.ranks, key=self.ranks.__getitem__)), 0])
 
     @classmethod
     def fetched(cls, folder: str | Path) -> GPT2Tokenizer:
@@ -107,6 +108,10 @@ class GPT2Tokenizer:
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
         """Bytes of token ids: a token may end inside a character."""
         return self.tiktoken.decode_bytes([int(index) for index in ids])
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Length in UTF-8 of the text of token ids; `<|endoftext|>` has none: it stands between documents, in no text."""
+        return int(self._lengths[ids].sum())
 
 
 def fetch_ranks(folder: str | Path) -> Path:

@@ -6,6 +6,8 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from picogpt.data import fetch
 from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer
 from picogpt.data.shards import MANIFEST, open_shards
 from picogpt.data.tokenizers import CharTokenizer
-from picogpt.data.tokens import Header, TokenData, hash_of_parts, hash_of_texts, open_tokens, write_tokens
+from picogpt.data.tokens import Header, TokenData, TokenFile, hash_of_parts, hash_of_texts, open_tokens, write_tokens
 from picogpt.errors import PicogptError, UsageError
 from picogpt.files import exclusive_lock, read_hashed
 
@@ -40,7 +42,16 @@ def open_data(folder: str | Path) -> TokenData:
     val = open_tokens(Path(folder) / "val.bin", belongs=belongs, **same)
     if val.header.count < MIN_TOKENS:
         raise PicogptError(f"{val.path} has {val.header.count} tokens: {MIN_TOKENS} are the least; use a longer text")
-    return TokenData(train, val)
+    return TokenData(train, val if val.header.text_bytes else _measured(val))
+
+
+def _measured(val: TokenFile) -> TokenFile:
+    """An older file with the number of bytes of its text, if the tokenizer of characters that made it lies beside it."""
+    with suppress(PicogptError):
+        tokenizer = CharTokenizer.load(val.path.parent)
+        if tokenizer.sha256 == val.header.tokenizer_sha256:
+            return replace(val, header=val.header.model_copy(update={"text_bytes": tokenizer.count_bytes(val.ids[:])}))
+    return val
 
 
 def first_corpus(folder: Path) -> Path:
@@ -75,7 +86,7 @@ def tokenize_chars(
     val = "".join(character for character in val if character not in unseen)
     if len(val) < 2:
         raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
-    parts = [tokenizer.encode(part) for part in (train, val)]
+    parts = [(tokenizer.encode(part), len(part.encode())) for part in (train, val)]
     return _write(folder, parts, tokenizer, name, text_sha256)
 
 
@@ -96,8 +107,10 @@ def tokenize_gpt2(
     """
     texts, text_sha256, name = _read(text_paths, corpus)
     splits = zip(*(_split(path, text, val_fraction) for path, text in zip(text_paths, texts, strict=True)), strict=True)
-    documents = ([document for text in texts for document in text.split(END_OF_TEXT)] for texts in splits)
-    parts = [tokenizer.encode_documents(some, threads) for some in documents]
+    parts = []
+    for some in splits:
+        documents = [document for text in some for document in text.split(END_OF_TEXT)]
+        parts.append((tokenizer.encode_documents(documents, threads), sum(len(text.encode()) for text in some)))
     return _write(folder, parts, tokenizer, name, text_sha256)
 
 
@@ -124,17 +137,21 @@ def _split(path: Path, text: str, val_fraction: float) -> tuple[str, str]:
 
 
 def _write(
-    folder: Path, parts: list[np.ndarray], tokenizer: CharTokenizer | GPT2Tokenizer, corpus: str, text_sha256: str
+    folder: Path,
+    parts: list[tuple[np.ndarray, int]],
+    tokenizer: CharTokenizer | GPT2Tokenizer,
+    corpus: str,
+    text_sha256: str,
 ) -> TokenData:
-    """Write the token files of both splits, and the tokenizer of characters, into `folder`."""
-    for split, ids in zip(("training", "validation"), parts, strict=True):
+    """Write the token files of both splits, ids and the bytes of their text, and the tokenizer of characters into `folder`."""
+    for split, (ids, _) in zip(("training", "validation"), parts, strict=True):
         if len(ids) < MIN_TOKENS:
             raise PicogptError(f"the {split} text of {corpus} has {len(ids)} tokens: {MIN_TOKENS} are the least")
     same: dict[str, Any] = {"corpus": corpus, "text_sha256": text_sha256, "tokenizer_sha256": tokenizer.sha256}
-    same["data_sha256"] = hash_of_parts(hashlib.sha256(ids.tobytes()).hexdigest() for ids in parts)
+    same["data_sha256"] = hash_of_parts(hashlib.sha256(ids.tobytes()).hexdigest() for ids, _ in parts)
     with exclusive_lock(folder, "tokenizing"):
-        for split, ids in zip(("train", "val"), parts, strict=True):
-            header = Header(split=split, dtype=ids.dtype.name, vocab_size=tokenizer.vocab_size, **same)
+        for split, (ids, size) in zip(("train", "val"), parts, strict=True):
+            header = Header(split=split, dtype=ids.dtype.name, vocab_size=tokenizer.vocab_size, text_bytes=size, **same)
             write_tokens(folder / f"{split}.bin", header, [(1, ids)])
         if isinstance(tokenizer, CharTokenizer):
             tokenizer.save(folder)

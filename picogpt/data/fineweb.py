@@ -103,7 +103,7 @@ def tokenize(
         with Encoding(f"{NAME} shard {number}", total) as bar:
             for part, header in headers.items():
                 some = itertools.islice(documents, header.documents)  # all that are left, for training
-                write_tokens(part, header, tokenizer.encode_batches(some, threads), bar.advance)
+                write_tokens(part, header, tokenizer.encode_batches(some, threads), bar.advance, tokenizer.count_bytes)
     return path
 
 

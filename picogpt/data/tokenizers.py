@@ -35,6 +35,9 @@ class Tokenizer(Protocol):
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
         """UTF-8 bytes of token ids; a token may end inside a character."""
 
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Length in UTF-8 of the text of token ids; one that ends a document has none, because it is in no text."""
+
 
 class CharTokenizer:
     """One token per character; ids in the order of the code points."""
@@ -96,6 +99,10 @@ class CharTokenizer:
     def decode_bytes(self, ids: np.ndarray | list[int]) -> bytes:
         """UTF-8 of the text of token ids."""
         return self.decode(ids).encode()
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Length in UTF-8 of the text of token ids."""
+        return int(np.array([len(character.encode()) for character in self.characters])[ids].sum())
 
 
 def _code_points(text: str) -> np.ndarray:

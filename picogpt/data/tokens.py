@@ -37,6 +37,7 @@ class Header(Settings):
     dtype: Literal["uint8", "uint16", "uint32"] = "uint16"
     vocab_size: int = Field(ge=1)
     count: int = Field(0, ge=0)
+    text_bytes: int | None = Field(None, ge=1, description="of the text, in UTF-8; older files do not say it")
     split: str
     corpus: str
     text_sha256: str
@@ -84,29 +85,35 @@ class TokenData:
         """Number of distinct tokens."""
         return self.train.header.vocab_size
 
-    def corpus(self) -> dict[str, str | int]:
-        """Identity of the data, for records and checkpoints."""
+    def corpus(self) -> dict[str, str | int | None]:
+        """Identity of the data, for records and checkpoints; `val_bytes` is None where an older file does not say it."""
         header = self.train.header
         return {
             "name": header.corpus,
             **header.model_dump(include={"text_sha256", "tokenizer_sha256", "data_sha256"}),
             "train_tokens": header.count,
             "val_tokens": self.val.header.count,
+            "val_bytes": self.val.header.text_bytes,
         }
 
 
 def write_tokens(
-    path: Path, header: Header, parts: Iterable[tuple[int, np.ndarray]], advance: Callable[..., object] | None = None
+    path: Path,
+    header: Header,
+    parts: Iterable[tuple[int, np.ndarray]],
+    advance: Callable[..., object] | None = None,
+    count_bytes: Callable[[np.ndarray], int] | None = None,
 ) -> None:
     """Write a token file of any length, atomically; each of `parts` is a number of documents and their ids, shape (N,).
 
-    `count`, and in a file of a shard `documents` and `data_sha256`, are set in the header, which is written last.
+    `count`, and in a file of a shard `documents`, `data_sha256` and by `count_bytes` the bytes of the ids, are set in the
+    header, which is written last.
     `advance` is told the documents and tokens of each part once they are written.
     """
-    growth = 128  # of the header while the ids are written: two numbers and a hash
+    growth = 128  # of the header while the ids are written: three numbers and a hash
     length = len(header.model_dump_json().encode()) + growth
     length += -(len(MAGIC) + 4 + length) % ALIGNMENT
-    count, documents, digest = 0, 0, hashlib.sha256()
+    count, documents, size, digest = 0, 0, 0, hashlib.sha256()
     with atomic_write(path) as file:
         file.seek(len(MAGIC) + 4 + length)
         for more, ids in parts:
@@ -114,9 +121,10 @@ def write_tokens(
             file.write(content)
             digest.update(content)
             count, documents = count + len(ids), documents + more
+            size += count_bytes(ids) if count_bytes else 0
             if advance:
                 advance(more, len(ids))
-        known = {"count": count, "documents": documents, "data_sha256": digest.hexdigest()}
+        known = {"count": count, "documents": documents, "data_sha256": digest.hexdigest(), "text_bytes": size or None}
         header = header.model_copy(update=known if header.first_document is not None else {"count": count})
         file.seek(0)
         file.write(MAGIC + length.to_bytes(4, "little") + header.model_dump_json().encode().ljust(length))

@@ -20,6 +20,8 @@ from picogpt.report.ladder import compare_with_baselines
 
 COLUMNS = ["section", "metric", "published", "measured", "unit", "device", "status", "note"]
 NOT_HERE = "not measured here"
+VAL_BYTES = 111_540
+"""Of the published text, whose characters are of one byte each."""
 PUBLISHED_COLUMNS = (
     "section", "metric", *Key._fields, "key", "unit", "published", "source", "tolerance", "better", "device",
     "depends_on_text", "comparable", "note",
@@ -63,7 +65,7 @@ def published_for(key: Key) -> dict[str, dict[str, Any]]:
 def on_published_text(record: dict[str, Any]) -> bool:
     """Whether a record was measured on the text and split of every published loss, by hash and sizes; its name is not trusted."""
     corpus = record["corpus"]
-    sizes = {(1_003_854, 111_540), (301_966, 36_059)}  # of both parts, in characters and in GPT-2's tokens
+    sizes = {(1_003_854, VAL_BYTES), (301_966, 36_059)}  # of both parts, in characters and in GPT-2's tokens
     here = (corpus.get("train_tokens"), corpus.get("val_tokens"))
     return corpus.get("text_sha256") == find(CORPUS).sha256 and here in sizes
 
@@ -90,7 +92,10 @@ def write_summary(record_files: Iterable[Path], reference_files: Iterable[Path],
 
 
 def read_records(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
-    """Records by what they measure. Raises PicogptError when two measure the same."""
+    """Records by what they measure, those of an older version with bits per byte where the size of their text is known.
+
+    Raises PicogptError when two measure the same.
+    """
     found: dict[Key, dict[str, Any]] = {}
     for path in paths:
         record = records.read(path)
@@ -98,6 +103,10 @@ def read_records(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
         if key in found:
             raise PicogptError(f"{path} is a second record of {key}: pass only one of each")
         found[key] = record
+        loss = number(record, "best_val_loss" if key.task == "train" else "val_loss")
+        if loss is not None and number(record, "val_bits_per_byte") is None and on_published_text(record):
+            corpus = {**record["corpus"], "val_bytes": VAL_BYTES}
+            record["results"]["val_bits_per_byte"] = records.bits_per_byte(loss, corpus)
     compare_with_baselines(found)
     return found
 

@@ -13,7 +13,7 @@ import pandas as pd
 from picogpt import records
 from picogpt.errors import PicogptError
 from picogpt.files import atomic_write
-from picogpt.report.compare import CORPUS, on_published_text, published_for
+from picogpt.report.compare import CORPUS, on_published_text, published_for, read_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,10 +38,9 @@ def draw_loss_curve(run_folder: Path, out: Path, banner: str = "") -> None:
 
     Two panels: the whole run, and its lower part magnified. Epochs are marked by dotted lines. `banner`: see `drawing`.
     """
-    record = records.read(run_folder / "record.json")
-    metrics = run_folder / "metrics.jsonl"
-    train, val, exact_train = _losses(records.read_lines(metrics), metrics)
-    results, device, lines = record["results"], record["device"], _references(record)
+    (record,) = read_records([run_folder / "record.json"]).values()
+    train, val, exact_train = read_losses(run_folder / "metrics.jsonl")
+    results, device, lines = record["results"], record["device"], reference_lines(record)
     marker: Any = {"linestyle": "none", "markeredgecolor": "white", "zorder": 5}
     part = {"part": "part of the text", "whole": "whole text"}.get(record["config"]["train"].get("eval_train"))
     unit = "character" if str(record["model"]).startswith("char") else "token"
@@ -56,12 +55,12 @@ def draw_loss_curve(run_folder: Path, out: Path, banner: str = "") -> None:
                 label = f"training, {part}: {exact_train.iloc[-1]:.4f}"
                 axes.plot(exact_train, "D", markersize=7, color=BLUE, label=label, **marker)
             best = results["best_epoch"], results["best_val_loss"]
-            axes.plot(*best, "o", markersize=8, color=VERMILION, label=f"best: {best[1]:.4f}", **marker)
+            axes.plot(*best, "o", markersize=8, color=VERMILION, label=best_label(results), **marker)
             for value, label, colour, dashes in lines:
                 axes.axhline(value, color=colour, linewidth=1.3, linestyle=(0, dashes), label=label, zorder=1.5)
             axes.set(xlabel="epoch", xlim=(0, results["epochs"] * 1.02))
             axes.set_title(title, loc="left", fontsize=11)
-        lower.set_ylim(_magnified(train, val, [value for value, *_ in lines], results["epochs"]))
+        lower.set_ylim(magnified(train, val, [value for value, *_ in lines], results["epochs"]))
         whole.set_ylabel(f"loss, nats per {unit}")
         legend: Any = {"loc": "lower left", "bbox_to_anchor": (0.005, 0.055), "ncols": 3, "columnspacing": 1.6}
         figure.legend(*lower.get_legend_handles_labels(), fontsize=9.5, **legend)
@@ -82,7 +81,7 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]], out: Path, by: str = "epoch
     The vertical axis shows what comes after the first tenth of each run. The losses are in nats per `unit`. Raises
     PicogptError when a run has no validation loss yet.
     """
-    curves = [_losses(rows, name, by)[:2] for name, rows in runs.items()]
+    curves = [losses_of(rows, name, by)[:2] for name, rows in runs.items()]
     if nothing := [name for name, (_, val) in zip(runs, curves, strict=True) if val.empty]:
         raise PicogptError(f"{nothing[0]} has no validation loss yet: there is nothing to draw")
     ends = [max([*train.index, *val.index]) for train, val in curves]
@@ -110,6 +109,12 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]], out: Path, by: str = "epoch
         legend: Any = {"loc": "lower left", "bbox_to_anchor": (0.03, 0), "ncols": columns, "alignment": "left"}
         figure.legend(both[0].lines, labels, fontsize=9.5, title="best validation loss, and run", **legend)
         figure.tight_layout(rect=(0, below / (4.1 + below), 1, 1))
+
+
+def best_label(results: dict[str, Any]) -> str:
+    """The lowest validation loss of a training, where it is known also in bits per byte."""
+    bits = results.get("val_bits_per_byte")
+    return f"best: {results['best_val_loss']:.4f}" + (f" ({bits:.3f} bits per byte)" if bits else "")
 
 
 def drawable(text: str, most: int) -> str:
@@ -141,7 +146,12 @@ def drawing(out: Path, width: float, height: float, banner: str = "") -> Iterato
             figure.savefig(file, format="png", dpi=144)
 
 
-def _losses(rows: list[dict[str, Any]], source: object, by: str = "epoch") -> list[pd.Series]:
+def read_losses(metrics: Path) -> list[pd.Series]:
+    """As `losses_of`, from a file of metrics."""
+    return losses_of(records.read_lines(metrics), metrics)
+
+
+def losses_of(rows: list[dict[str, Any]], source: object, by: str = "epoch") -> list[pd.Series]:
     """The losses of the training batches, of validation and of the training text by epoch, or by step.
 
     Those of batches are means over about a fortieth of the run, so that the trend is seen and not their noise.
@@ -156,7 +166,7 @@ def _losses(rows: list[dict[str, Any]], source: object, by: str = "epoch") -> li
     return [part.set_index(by).iloc[:, 0] for part in (train, val, exact_train)]
 
 
-def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int, ...]]]:
+def reference_lines(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int, ...]]]:
     """(value, label, colour, dashes) of the horizontal lines: published losses, and the floor of a bigram."""
     lines: list[tuple[float, str, str, tuple[int, ...]]] = []
     if (floor := record["results"].get("closed_form_train_loss")) is not None:
@@ -173,7 +183,7 @@ def _references(record: dict[str, Any]) -> list[tuple[float, str, str, tuple[int
     return lines
 
 
-def _magnified(train: pd.Series, val: pd.Series, lines: list[float], epochs: float) -> tuple[float, float]:
+def magnified(train: pd.Series, val: pd.Series, lines: list[float], epochs: float) -> tuple[float, float]:
     """Limits that show the curves after the first tenth of the run, and the lines that lie near them."""
     losses = pd.concat([train, val])
     settled = losses[losses.index >= 0.1 * epochs] if (losses.index >= 0.1 * epochs).any() else val

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from picogpt.errors import PicogptError
 from picogpt.files import read_text, write_text
@@ -38,7 +38,7 @@ def write_page(
     Raises PicogptError when the template asks for something that is not there.
     """
     blocks: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(undefined=StrictUndefined, **blocks)
+    environment = Environment(loader=FileSystemLoader(template.parent), undefined=StrictUndefined, **blocks)
     environment.filters["excerpt"] = lambda text, length: text if len(text) <= length else text[:length] + " …"
     environment.filters["fenced"] = lambda text: f"{_ticks(text, 3)}text\n{text}\n{_ticks(text, 3)}"
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", r"\|")

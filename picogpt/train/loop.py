@@ -351,6 +351,7 @@ class Trainer:
             "val_loss_after": p.after["val_loss"],
             "train_loss_after": p.after.get("train_loss_exact"),
             "best_val_loss": p.best_val_loss,
+            "val_bits_per_byte": records.bits_per_byte(p.best_val_loss, self.data.corpus()),
             "best_step": p.best_step,
             "best_epoch": round(self.sampler.epoch(p.best_step), 4),
             "steps": p.step,
@@ -378,6 +379,7 @@ class Trainer:
             "config": self.experiment.model_dump(mode="json"),
             "units": {
                 "loss": "nats per token, mean over the whole split",
+                "val_bits_per_byte": records.BITS_PER_BYTE,
                 "seconds": "s",
                 "tokens_per_second": "of training alone, all ranks together, without the first step of a session",
                 "mfu": "tokens_per_second * flops_per_token / (peak_flops of a device * ranks)",

@@ -8,8 +8,9 @@ import tiktoken
 from picogpt.config import GPT2Config
 from picogpt.data import bpe, fetch
 from picogpt.data.bpe import GPT2Tokenizer
-from picogpt.data.corpus import open_data, tokenize_gpt2
+from picogpt.data.corpus import open_data, tokenize_chars, tokenize_gpt2
 from picogpt.data.fetch import MIRROR_VARIABLE
+from picogpt.data.tokenizers import CharTokenizer
 from picogpt.errors import PicogptError, Unreachable, UsageError
 from picogpt.export import _texts
 
@@ -67,6 +68,19 @@ def test_token_files_of_documents(gpt2: GPT2Tokenizer, tmp_path: Path):
     assert gpt2.decode(data.train.ids) == "one two three four five six seven<|endoftext|>twelve "
     assert gpt2.decode(data.val.ids) == " eight nine ten<|endoftext|>eleven<|endoftext|>thirteen"
     assert open_data(tmp_path / "t").corpus() == data.corpus()
+
+
+def test_every_model_is_measured_on_the_same_bytes(gpt2: GPT2Tokenizer, tmp_path: Path):
+    text = (STRANGE + "<|endoftext|>\n") * 20
+    (tmp_path / "a.txt").write_text(text, "utf-8", newline="")
+    of_characters = tokenize_chars(tmp_path / "a.txt", tmp_path / "c")
+    of_gpt2 = tokenize_gpt2([tmp_path / "a.txt"], tmp_path / "t", gpt2)
+    expected = text[int(0.9 * len(text)) :].encode()
+    assert CharTokenizer.load(tmp_path / "c").decode_bytes(of_characters.val.ids) == expected
+    assert gpt2.decode_bytes(of_gpt2.val.ids) == expected
+    assert of_characters.corpus()["val_bytes"] == of_gpt2.corpus()["val_bytes"] == len(expected)
+    assert gpt2.count_bytes(gpt2.encode_documents([STRANGE])) == len(STRANGE.encode())
+    assert gpt2.count_bytes(np.array([50256])) == 0
 
 
 def test_the_command_line(picogpt, tmp_path: Path, corpus: Path, gpt2_resources: Path):

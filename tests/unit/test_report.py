@@ -1,4 +1,6 @@
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -111,7 +113,7 @@ def test_a_wrong_value_of_the_table_is_named(publish, row: str, message: str):
 
 def test_every_published_number_has_a_row():
     rows = published()
-    wanted = "train loss before|val loss before|train loss after|val loss after|best val loss|best epoch"
+    wanted = "train loss before|val loss before|train loss after|val loss after|best val loss|best val loss, bits per byte|best epoch"
     for section in ("char bigram", "char transformer"):
         assert list(rows.metric[rows.section == section]) == wanted.split("|")
     known = rows[rows.published.notna()]
@@ -130,6 +132,18 @@ def test_numbers_are_found_in_lists_and_under_names_with_spaces():
         assert compare.number(tree, key) == value
     for key in ("a", "a.2", "a.b", "text", "flag", "none", "texts.0", "nothing"):
         assert compare.number(tree, key) is None
+
+
+def test_in_bits_per_byte_all_models_compare():
+    """Also those of the kept records, which do not say how many bytes their text has."""
+    files = sorted((ROOT / "results/reference/amd_epyc_family_25_model_1_2_cores").glob("*.json"))
+    found = compare.read_references(files)
+    bits = {str(key): compare.number(record, "val_bits_per_byte") for key, record in found.items()}
+    for name, expected in {
+        "train char-bigram": 3.587, "train char-transformer": 2.107, "train gpt2": 2.575, "evaluate gpt2 float32": 2.575,
+    }.items():  # fmt: skip
+        assert bits[name] == pytest.approx(expected, abs=5e-4)
+    assert bits["sampling gpt2 float32"] is bits["ladder cpu baseline"] is None
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +209,7 @@ def test_the_page_is_filled_in(picogpt, files: list[Path], tmp_path: Path):
             samples += ["--sample", tmp_path / f"{name}_{stage}.txt"]
     page = ["--summary", "summary.csv", *(f"--record={file}" for file in files), "--out", "report.md"]
     template = tmp_path / "character.j2"  # the part of the page that stands on these records
+    shutil.copy(ROOT / "workflow/report/sentences.j2", tmp_path)
     template.write_text((ROOT / "workflow/report/report.md.j2").read_text().split("{% set gpt2 =")[0])
     assert picogpt("report", "page", "--template", template, *page, *samples).status == 0
     text = (tmp_path / "report.md").read_text()
@@ -202,6 +217,8 @@ def test_the_page_is_filled_in(picogpt, files: list[Path], tmp_path: Path):
     for part in ("Corpus: **words**", f"{best:.7g}", "the sample char_bigram says", "nothing below can be compared"):
         assert part in text
     assert "{{" not in text
+    bits = best / math.log(2)  # a character of this text is a byte
+    assert f" parameters | {best:.4f} nats/char | {bits:.3f} |" in text
 
     for template, message in (
         ("{{ nothing }}", "'nothing' is undefined"),
@@ -239,9 +256,9 @@ def test_no_text_ends_a_cell_of_a_table(tmp_path: Path):
 
 def test_a_published_loss_of_another_kind_is_no_validation_loss():
     run = {"task": "train", "model": "gpt2", "machine": "h100x2", "results": {}, "corpus": {"name": "fineweb-edu"}}
-    assert [line[:2] for line in figures._references(run)] == [(6.5, "published, measured differently: 6.5000")]
+    assert [line[:2] for line in figures.reference_lines(run)] == [(6.5, "published, measured differently: 6.5000")]
     run = {"task": "train", "model": "char-transformer", "results": {}, "corpus": {"name": "words"}}
-    assert [line[1] for line in figures._references(run)] == [
+    assert [line[1] for line in figures.reference_lines(run)] == [
         "published, final validation (tinyshakespeare): 3.3808",
         "published, best validation (tinyshakespeare): 2.2701",
     ]

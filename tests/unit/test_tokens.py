@@ -104,6 +104,17 @@ def test_halves_of_different_texts_or_splits_are_refused(corpus: Path, tmp_path:
         open_data(tmp_path / "a")
 
 
+def test_an_older_file_is_read_and_its_bytes_are_counted(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("aé東\n" * 20, encoding="utf-8")
+    assert (
+        tokenize_chars(tmp_path / "text.txt", tmp_path).corpus()["val_bytes"] == 14
+    )  # 8 characters of 7 bytes by fours
+    rewrite_header(tmp_path / "val.bin", text_bytes=None)
+    assert open_data(tmp_path).corpus()["val_bytes"] == 14
+    (tmp_path / "tokenizer.json").unlink()
+    assert open_data(tmp_path).corpus()["val_bytes"] is None
+
+
 def test_a_large_vocabulary_takes_two_bytes(tmp_path: Path):
     header = Header(vocab_size=50_000, split="train", corpus="x", text_sha256="0", tokenizer_sha256="0")
     write_tokens(tmp_path / "a.bin", header, [(1, np.array([0, 300, 49_999]))])

@@ -143,6 +143,7 @@ rule page:
         ladders=expand("media/gpt2_{hardware}_throughput.png", hardware=PLAN["machines"]),
         curves=long_trainings("media/gpt2_{name}_loss.png"),
         template=str(SOURCE / "workflow/report/report.md.j2"),
+        sentences=str(SOURCE / "workflow/report/sentences.j2"),
     output:
         report(
             "results/report.md", caption="../report/page.rst", category="comparison", labels={"artifact": "write-up"}
