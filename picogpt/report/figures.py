@@ -85,7 +85,7 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]], out: Path, by: str = "epoch
     if nothing := [name for name, (_, val) in zip(runs, curves, strict=True) if val.empty]:
         raise PicogptError(f"{nothing[0]} has no validation loss yet: there is nothing to draw")
     ends = [max([*train.index, *val.index]) for train, val in curves]
-    limits = [_magnified(train, val, [], end) for (train, val), end in zip(curves, ends, strict=True)]
+    limits = [magnified(train, val, [], end) for (train, val), end in zip(curves, ends, strict=True)]
     low, high = min(low for low, _ in limits), max(high for _, high in limits)
     margin = 0.03 * (high - low) or 0.1
     names = [drawable(name if len(name) <= 90 else f"…{name[-89:]}", 90) for name in runs]
