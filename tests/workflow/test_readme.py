@@ -133,9 +133,20 @@ def entry_point(command: Command) -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {"picogpt": "picogpt.cli:main"}
 
 
+def stage_of_docker(command: Command) -> None:
+    known = re.fullmatch(
+        r"docker build --target (\w+) -t picogpt:\1 \.|docker run .* picogpt:(\w+) (picogpt .*)", command.text
+    )
+    assert known, "only `docker build` and `docker run` are known here"
+    assert f" AS {known[1] or known[2]}\n" in (ROOT / "Dockerfile").read_text()
+    if known[3]:
+        check(in_a_shell(known[3]))
+
+
 INSTEAD: dict[str, tuple[Callable[[Command], None], str]] = {
     "make": (plan_of_make, "the recipes install packages, and run this test; what they run after that is run by other tests"),
     "pixi": (task_of_pixi, "it wants the package channels of conda"),
+    "docker": (stage_of_docker, "it wants a daemon; a command in a container is run outside"),
     "pip": (entry_point, "it would change the environment in which the tests run"),
 }  # fmt: skip
 
@@ -297,6 +308,7 @@ def test_commands_are_told_from_the_rest_of_a_page():
         ("pixi run frobnicate", "frobnicate"),
         ("pixi run -e tpu report", "tpu"),
         ("pip install picogpt", "picogpt"),
+        ("docker build --target tpu -t picogpt:tpu .", "tpu"),
         ("picogpt frobnicate", "No such command"),
         ("picogpt sample gpt2 --ckpt weights/gpt2/RUN/best.pt", "nothing here stands for weights/gpt2/RUN/best.pt"),
     ],
