@@ -66,7 +66,7 @@ reference: $(READY)
 	$(BIN)/picogpt reference
 
 clean:
-	rm -rf weights/*/pipeline logs results/samples results/records results/report.md results/summary.csv \
+	rm -rf weights/*/pipeline logs results/samples results/records results/report.md results/report.html results/summary.csv \
 	  media/char_*_loss.png media/char_*_sample.txt \
 	  media/gpt2_*_loss.png media/gpt2_*_sample.txt media/gpt2_*_throughput.png
 

@@ -29,3 +29,4 @@ rule all:
         expand("media/gpt2_{hardware}_throughput.png", hardware=PLAN["machines"]),
         "results/summary.csv",
         "results/report.md",
+        "results/report.html",

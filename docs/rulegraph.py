@@ -23,7 +23,7 @@ BOXES = {
     "loss_curve": ("loss curves", "media/*_loss.png", "#eadcf0"),
     "throughput": ("ladder figures", "media/gpt2_*_throughput.png", "#eadcf0"),
     "summary": ("summary", "results/summary.csv", "#eadcf0"),
-    "page": ("page", "results/report.md", "#eadcf0"),
+    "page": ("page", "results/report.md, report.html", "#eadcf0"),
 }
 """First words of the names of rules: title, what comes out, colour. The first that fits a rule is its box."""
 

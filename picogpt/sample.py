@@ -236,6 +236,21 @@ class _Decoder:
         self.graph = graph
 
 
+@torch.inference_mode()
+def probabilities(model: LanguageModel, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Probability of each of `tokens` (N,), sampled after `prompt` (T,), in the context in which `generate` chose it; (N,).
+
+    Those that the model gives, before temperature, top-k and top-p.
+    """
+    ids, first, block_size = torch.cat([prompt, tokens]), len(prompt), model.config.block_size
+    found = []
+    for start, group in itertools.groupby(range(first, len(ids)), lambda end: context_start(end, first, block_size)):
+        positions = torch.tensor(list(group), device=ids.device)
+        logits = model(ids[None, start : positions[-1]])[0, positions - 1 - start]  # (positions, V)
+        found.append(logits.float().softmax(-1).gather(-1, ids[positions, None])[:, 0])
+    return torch.cat(found)
+
+
 def context_start(position: int, prompt_length: int, block_size: int) -> int:
     """First position in the context of `position`; it advances by half a block whenever the context is full."""
     stride = max(1, block_size // 2)

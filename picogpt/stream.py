@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from picogpt.data.tokenizers import Tokenizer
 from picogpt.errors import UsageError
 from picogpt.models.language_model import LanguageModel
 from picogpt.progress import counting
-from picogpt.sample import Decoding, generate
+from picogpt.sample import Decoding, generate, probabilities
 
 
 class TextStream:
@@ -24,7 +25,6 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), at_end_of_text: bool = True):
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
         self.last_id = tokenizer.end_of_text if at_end_of_text else None
-        self.tokens = 0
         self.ended = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
@@ -33,7 +33,6 @@ class TextStream:
         """The text that `token` completes; empty after a stop."""
         if self.ended:
             return ""
-        self.tokens += 1
         if token == self.last_id:
             return self.close()
         return self._certain(self._decoder.decode(self.tokenizer.decode_bytes([token])))
@@ -66,10 +65,15 @@ class TextStream:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled text."""
+    """A sampled text: its ids, and the characters that each of them completes."""
 
-    text: str
-    tokens: int
+    ids: list[int]
+    parts: list[str]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.parts)
 
 
 def sample_texts(
@@ -92,11 +96,11 @@ def sample_texts(
     device = next(model.parameters()).device
     ids = [torch.from_numpy(prompt).to(device) for prompt in prompts]
     streams = [TextStream(tokenizer, stops, at_end_of_text) for _ in prompts]
-    texts = ["" for _ in prompts]
+    samples = [Sample([], []) for _ in prompts]
     began = time.perf_counter()
 
     def add(row: int, text: str) -> None:
-        texts[row] += text
+        samples[row].parts.append(text)
         if row == 0 and on_text and text:
             on_text(text)
 
@@ -106,14 +110,26 @@ def sample_texts(
             if advance:
                 advance(1)
             for row, token in enumerate(tokens.tolist()):
-                add(row, streams[row].push(token))
+                if not streams[row].ended:
+                    samples[row].ids.append(token)
+                    add(row, streams[row].push(token))
             return all(stream.ended for stream in streams)
 
         generate(model, ids, count, decoding, seed, take, cached, compiled)
-    for row, stream in enumerate(streams):
+    for row, (stream, made) in enumerate(zip(streams, samples, strict=True)):
         add(row, stream.close())
+        made.parts[-2:] = ["".join(made.parts[-2:])]
     seconds = time.perf_counter() - began
-    return [Sample(text, stream.tokens) for text, stream in zip(texts, streams, strict=True)], seconds
+    return samples, seconds
+
+
+def scored(model: LanguageModel, prompts: Sequence[np.ndarray], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Of each sample, the characters that each token completes, and its probability; `prompts` as for `sample_texts`."""
+    device, found = next(model.parameters()).device, []
+    for prompt, made in zip(prompts, samples, strict=True):
+        given, ids = (torch.as_tensor(part, device=device) for part in (prompt, made.ids))
+        found.append({"tokens": made.parts, "probabilities": probabilities(model, given, ids).tolist()})
+    return found
 
 
 def read_prompt(tokenizer: Tokenizer, prompt: str, block_size: int, truncate: bool = False) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,17 @@ from picogpt.errors import PicogptError, UsageError
 @common.compile_option
 @click.option("--untrained", is_flag=True, help="Sample from the initial weights of the training.")
 @click.option("--out", type=PATH, help="Write the text to this file instead of the terminal.")
+@click.option(
+    "--probabilities", "scores", type=PATH, help="Also write a JSON file with each token's text and its probability."
+)
 def sample(
-    kind: str, prompts: tuple[str, ...], prompt_file: Path | None, stream: bool | None, out: Path | None, **options: Any
+    kind: str,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    stream: bool | None,
+    out: Path | None,
+    scores: Path | None,
+    **options: Any,
 ) -> None:
     """Sample text from a trained model, or from OpenAI's GPT-2, which is downloaded at first use.
 
@@ -77,7 +87,9 @@ def sample(
         write_text(out, whole)
     else:
         click.echo("" if stream else whole)
-    count = sum(made.tokens for made in samples)
+    if scores:
+        write_text(scores, json.dumps(streaming.scored(model, ids, samples)))
+    count = sum(len(made.ids) for made in samples)
     click.echo(f"{count:,} tokens, {count / seconds:,.1f} tokens/s", err=True)
 
 

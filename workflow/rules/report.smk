@@ -1,5 +1,5 @@
 # in:  records, metrics and samples; config/published.csv; results/reference/
-# out: media/*_loss.png, media/gpt2_MACHINE_throughput.png, results/summary.csv, results/report.md
+# out: media/*_loss.png, media/gpt2_MACHINE_throughput.png, results/summary.csv, results/report.md, results/report.html
 
 
 report: "../report/workflow.rst"
@@ -10,6 +10,7 @@ localrules:
     throughput,
     summary,
     page,
+    page_html,
 
 
 # A relative path, so that nothing runs again when the clone is moved.
@@ -34,6 +35,17 @@ RUN_FOLDERS = {
     f"gpt2_{CORPUS}": GPT2,
     **{f"gpt2_{name}": f"weights/gpt2/{RUN}/fineweb-edu_{name}" for name in PLAN["machines"]},
 }
+PAGE_INPUT = {
+    "summary": "results/summary.csv",
+    "records": RECORDS,
+    "trainings": long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/record.json"),
+    "hub": hub_status,
+    "samples": expand("media/{model}_sample.txt", model=[*MODELS, f"gpt2_{CORPUS}"]),
+    "untrained": expand("results/samples/{model}_untrained.txt", model=MODELS),
+    "references": REFERENCES,
+    "sentences": str(SOURCE / "workflow/report/sentences.j2"),
+}
+"""Of both pages, beside their templates."""
 
 
 rule loss_curve:
@@ -132,18 +144,11 @@ rule summary:
 rule page:
     """Fill in the write-up with the numbers, figures and samples of this run."""
     input:
-        summary="results/summary.csv",
-        records=RECORDS,
-        trainings=long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/record.json"),
-        hub=hub_status,
-        samples=expand("media/{model}_sample.txt", model=[*MODELS, f"gpt2_{CORPUS}"]),
-        untrained=expand("results/samples/{model}_untrained.txt", model=MODELS),
-        references=REFERENCES,
+        **PAGE_INPUT,
         figures=expand("media/{run}_loss.png", run=[*MODELS, f"gpt2_{CORPUS}"]),
         ladders=expand("media/gpt2_{hardware}_throughput.png", hardware=PLAN["machines"]),
         curves=long_trainings("media/gpt2_{name}_loss.png"),
         template=str(SOURCE / "workflow/report/report.md.j2"),
-        sentences=str(SOURCE / "workflow/report/sentences.j2"),
     output:
         report(
             "results/report.md", caption="../report/page.rst", category="comparison", labels={"artifact": "write-up"}
@@ -159,6 +164,7 @@ rule page:
         machines=[f"--hardware={plan['argument']}" for plan in PLAN["machines"].values()],
         settings=[plan["settings"] for plan in PLAN["machines"].values()],
         samples=lambda wildcards, input: expand("--sample={path}", path=[*input.samples, *input.untrained]),
+        drawn=[],
     shell:
         "picogpt report page"
         " --template {input.template:q}"
@@ -167,9 +173,37 @@ rule page:
         " {params.references:q}"
         " {params.machines:q}"
         " {params.samples:q}"
+        " {params.drawn:q}"
         f" --set gpt2_media=gpt2_{CORPUS}"
         " --set first_dtype={params.first_dtype}"
         " {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
         " && echo picogpt: to look at: {output:q}"
+
+
+use rule page as page_html with:
+    # The same page in one file to look at and to send: curves that answer to the pointer, tokens in colours, a table that sorts.
+    input:
+        **PAGE_INPUT,
+        template=str(SOURCE / "workflow/report/report.html.j2"),
+        metrics=expand("{folder}/metrics.jsonl", folder=[RUN_FOLDERS[run] for run in [*MODELS, f"gpt2_{CORPUS}"]]),
+        long_metrics=long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/metrics.jsonl"),
+        probabilities=[
+            *expand("results/samples/{model}_{when}.json", model=MODELS, when=["sample", "untrained"]),
+            f"results/samples/gpt2_{CORPUS}_sample.json",
+        ],
+    output:
+        report(
+            "results/report.html",
+            caption="../report/page.rst",
+            category="comparison",
+            labels={"artifact": "write-up to look at"},
+        ),
+    log:
+        "logs/page_html.log",
+    params:
+        drawn=lambda wildcards, input: [
+            *expand("--metrics={path}", path=[*input.metrics, *input.long_metrics]),
+            *expand("--probabilities={path}", path=input.probabilities),
+        ],

@@ -1,5 +1,6 @@
 # in:  weights/MODEL/RUN/best.pt and the tokenizer
-# out: texts written by the models: media/MODEL_sample.txt; before training: results/samples/MODEL_untrained.txt
+# out: texts written by the models: media/MODEL_sample.txt; before training: results/samples/MODEL_untrained.txt;
+#      with the probability of each token: results/samples/MODEL_sample.json, MODEL_untrained.json
 
 
 rule sample:
@@ -8,9 +9,10 @@ rule sample:
         ckpt=f"weights/{{model}}/{RUN}/best.pt",
         tokenizer=f"{TOKENS}/tokenizer.json",
     output:
-        report(
+        text=report(
             "media/{model}_sample.txt", caption="../report/sample.rst", category="samples", labels={"model": "{model}"}
         ),
+        probabilities="results/samples/{model}_sample.json",
     log:
         "logs/sample_{model}.log",
     priority: 90
@@ -25,7 +27,8 @@ rule sample:
         " {params.tokenizer}"
         " {params.untrained}"
         " -n {params.tokens}"
-        " --out {output:q}"
+        " --out {output.text:q}"
+        " --probabilities {output.probabilities:q}"
         " > {log:q} 2>&1"
         " && echo picogpt: to look at: {output:q}"
 
@@ -33,7 +36,8 @@ rule sample:
 use rule sample as sample_untrained with:
     # From the initial weights, which are rebuilt from the seed.
     output:
-        "results/samples/{model}_untrained.txt",
+        text="results/samples/{model}_untrained.txt",
+        probabilities="results/samples/{model}_untrained.json",
     log:
         "logs/sample_{model}_untrained.log",
     params:
@@ -46,12 +50,13 @@ use rule sample as sample_gpt2 with:
         ckpt=f"{GPT2}/best.pt",
         tokenizer="resources/gpt2.tiktoken",
     output:
-        report(
+        text=report(
             f"media/gpt2_{CORPUS}_sample.txt",
             caption="../report/sample.rst",
             category="samples",
             labels={"model": "gpt2"},
         ),
+        probabilities=f"results/samples/gpt2_{CORPUS}_sample.json",
     log:
         "logs/sample_gpt2.log",
     params:
