@@ -87,7 +87,7 @@ def test_every_artifact_is_made(finished: Path):
     for text in ("<strong>words</strong>", 'class="p', "train gpt2 in nats per token", "hub unreachable"):
         assert text in looks
     logs = {path.stem for path in (finished / "logs").glob("*.log")}
-    assert {"tokenize_char", "train_char_bigram", "summary", "page"} <= logs
+    assert {"tokenize_char", "train_char_bigram", "summary", "page_md", "page_html"} <= logs
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,7 @@ def test_a_second_run_does_nothing(finished: Path):
 def test_a_change_runs_what_depends_on_it(copied: Path, file: str, old: str, new: str, expected: str, rungs: int):
     replace(copied / file, old, new)
     counts = job_counts(snakemake(copied, "-n"))
-    pages = {"page", "page_html"} if "page" in expected else set()
-    assert (set(counts), counts.get("bench_train", 0)) == (set(expected.split()) | pages, rungs)
+    assert (set(counts), counts.get("bench_train", 0)) == (set(expected.split()), rungs)
 
 
 def test_records_of_an_older_version_are_refused_by_name(copied: Path):
@@ -184,7 +183,7 @@ def test_where_openais_weights_are_here_the_page_shows_them(copied: Path):
 def test_planning_asks_no_network(finished: Path):
     with hub.running() as answering:
         out = snakemake(finished, "-n", HF_ENDPOINT=answering.address)  # another hub, which may have the weights
-        assert jobs(out) == {"fetch_hub", "evaluate", "bench_sampling", "bench_weights", "summary", "page", "page_html"}
+        assert jobs(out) == {"fetch_hub", "evaluate", "bench_sampling", "bench_weights", "summary", "page"}
         assert answering.requests == []
 
 

@@ -36,10 +36,8 @@ rule evaluate:
         prompt_tokens=config["gpt2"]["prompt_tokens"],
     shell:
         "picogpt evaluate {params.model:q} --optional"
-        " --dtype {wildcards.dtype}"
-        f" --data {GPT2_TOKENS}"
-        " {params.prompts:q}"
-        " -n {params.prompt_tokens}"
+        f" --dtype {{wildcards.dtype}} --data {GPT2_TOKENS}"
+        " {params.prompts:q} -n {params.prompt_tokens}"
         " --out {output:q}"
         " > {log:q} 2>&1"
 
@@ -65,9 +63,7 @@ rule bench_sampling:
         runs=config["gpt2"]["throughput_runs"],
     shell:
         "picogpt bench sample {params.model:q} --optional"
-        " --dtype {params.dtype}"
-        " -n {params.tokens}"
-        " --runs {params.runs}"
+        " --dtype {params.dtype} -n {params.tokens} --runs {params.runs}"
         " --out {output:q}"
         " > {log:q} 2>&1"
 
@@ -136,8 +132,7 @@ rule bench_train:
     shell:
         "{params.launch} bench train"
         " --hardware {params.machine:q}"
-        " --rung {wildcards.rung}"
-        f" --data {GPT2_TOKENS}"
+        f" --rung {{wildcards.rung}} --data {GPT2_TOKENS}"
         " {params.overrides:q}"
         " --out {output:q}"
         " 2>&1 | tee -i {log:q}"

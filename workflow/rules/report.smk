@@ -10,7 +10,6 @@ localrules:
     throughput,
     summary,
     page,
-    page_html,
 
 
 # A relative path, so that nothing runs again when the clone is moved.
@@ -35,17 +34,10 @@ RUN_FOLDERS = {
     f"gpt2_{CORPUS}": GPT2,
     **{f"gpt2_{name}": f"weights/gpt2/{RUN}/fineweb-edu_{name}" for name in PLAN["machines"]},
 }
-PAGE_INPUT = {
-    "summary": "results/summary.csv",
-    "records": RECORDS,
-    "trainings": long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/record.json"),
-    "hub": hub_status,
-    "samples": expand("media/{model}_sample.txt", model=[*MODELS, f"gpt2_{CORPUS}"]),
-    "untrained": expand("results/samples/{model}_untrained.txt", model=MODELS),
-    "references": REFERENCES,
-    "sentences": str(SOURCE / "workflow/report/sentences.j2"),
-}
-"""Of both pages, beside their templates."""
+
+
+DRAWN = [*MODELS, f"gpt2_{CORPUS}"]
+TEXTS = [*expand("{model}_sample", model=DRAWN), *expand("{model}_untrained", model=MODELS)]
 
 
 rule loss_curve:
@@ -105,8 +97,7 @@ rule throughput:
     shell:
         "picogpt report throughput"
         " --hardware {params.machine:q}"
-        " {input.records:q}"
-        " {params.references:q}"
+        " {input.records:q} {params.references:q}"
         " {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
@@ -132,29 +123,39 @@ rule summary:
         references=expand("--reference={path}", path=REFERENCES),
         banner=BANNER,
     shell:
-        "picogpt report summary {input.records:q}"
-        " {input.trainings:q}"
-        " {params.references:q}"
-        " {params.banner:q}"
+        "picogpt report summary {input.records:q} {input.trainings:q}"
+        " {params.references:q} {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
         " && echo picogpt: to look at: {output:q}"
 
 
 rule page:
-    """Fill in the write-up with the numbers, figures and samples of this run."""
+    """Fill in the write-up with the numbers, figures and samples of this run: as Markdown, and as one page to look at and to send."""
     input:
-        **PAGE_INPUT,
-        figures=expand("media/{run}_loss.png", run=[*MODELS, f"gpt2_{CORPUS}"]),
+        summary="results/summary.csv",
+        records=RECORDS,
+        trainings=long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/record.json"),
+        hub=hub_status,
+        samples=expand("media/{model}_sample.txt", model=DRAWN),
+        untrained=expand("results/samples/{model}_untrained.txt", model=MODELS),
+        probabilities=expand("results/samples/{text}.json", text=TEXTS),
+        metrics=expand("{folder}/metrics.jsonl", folder=[RUN_FOLDERS[run] for run in DRAWN]),
+        long_metrics=long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/metrics.jsonl"),
+        references=REFERENCES,
+        figures=expand("media/{run}_loss.png", run=DRAWN),
         ladders=expand("media/gpt2_{hardware}_throughput.png", hardware=PLAN["machines"]),
         curves=long_trainings("media/gpt2_{name}_loss.png"),
-        template=str(SOURCE / "workflow/report/report.md.j2"),
+        templates=expand(str(SOURCE / "workflow/report/{name}.j2"), name=["sentences", "report.{format}"]),
     output:
         report(
-            "results/report.md", caption="../report/page.rst", category="comparison", labels={"artifact": "write-up"}
+            "results/report.{format,md|html}",
+            caption="../report/page.rst",
+            category="comparison",
+            labels={"artifact": "write-up, {format}"},
         ),
     log:
-        "logs/page.log",
+        "logs/page_{format}.log",
     priority: 90
     params:
         first_dtype=config["gpt2"]["dtypes"][0],
@@ -164,46 +165,18 @@ rule page:
         machines=[f"--hardware={plan['argument']}" for plan in PLAN["machines"].values()],
         settings=[plan["settings"] for plan in PLAN["machines"].values()],
         samples=lambda wildcards, input: expand("--sample={path}", path=[*input.samples, *input.untrained]),
-        drawn=[],
+        metrics=lambda wildcards, input: expand("--metrics={path}", path=[*input.metrics, *input.long_metrics]),
+        probabilities=lambda wildcards, input: expand("--probabilities={path}", path=input.probabilities),
     shell:
         "picogpt report page"
-        " --template {input.template:q}"
+        " --template {input.templates[1]:q}"
         " --summary {input.summary:q}"
-        " {params.records:q}"
-        " {params.references:q}"
+        " {params.records:q} {params.references:q}"
         " {params.machines:q}"
-        " {params.samples:q}"
-        " {params.drawn:q}"
-        f" --set gpt2_media=gpt2_{CORPUS}"
-        " --set first_dtype={params.first_dtype}"
+        " {params.samples:q} {params.probabilities:q}"
+        " {params.metrics:q}"
+        f" --set gpt2_media=gpt2_{CORPUS} --set first_dtype={{params.first_dtype}}"
         " {params.banner:q}"
         " --out {output:q}"
         " > {log:q} 2>&1"
         " && echo picogpt: to look at: {output:q}"
-
-
-use rule page as page_html with:
-    # The same page in one file to look at and to send: curves that answer to the pointer, tokens in colours, a table that sorts.
-    input:
-        **PAGE_INPUT,
-        template=str(SOURCE / "workflow/report/report.html.j2"),
-        metrics=expand("{folder}/metrics.jsonl", folder=[RUN_FOLDERS[run] for run in [*MODELS, f"gpt2_{CORPUS}"]]),
-        long_metrics=long_trainings(f"weights/gpt2/{RUN}/fineweb-edu_{{name}}/metrics.jsonl"),
-        probabilities=[
-            *expand("results/samples/{model}_{when}.json", model=MODELS, when=["sample", "untrained"]),
-            f"results/samples/gpt2_{CORPUS}_sample.json",
-        ],
-    output:
-        report(
-            "results/report.html",
-            caption="../report/page.rst",
-            category="comparison",
-            labels={"artifact": "write-up to look at"},
-        ),
-    log:
-        "logs/page_html.log",
-    params:
-        drawn=lambda wildcards, input: [
-            *expand("--metrics={path}", path=[*input.metrics, *input.long_metrics]),
-            *expand("--probabilities={path}", path=input.probabilities),
-        ],

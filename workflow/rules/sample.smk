@@ -24,13 +24,11 @@ rule sample:
     shell:
         "picogpt sample {params.name:q}"
         " --ckpt {input.ckpt:q}"
-        " {params.tokenizer}"
-        " {params.untrained}"
-        " -n {params.tokens}"
+        " {params.tokenizer} {params.untrained} -n {params.tokens}"
         " --out {output.text:q}"
         " --probabilities {output.probabilities:q}"
         " > {log:q} 2>&1"
-        " && echo picogpt: to look at: {output:q}"
+        " && echo picogpt: to look at: {output.text:q}"
 
 
 use rule sample as sample_untrained with:

@@ -77,10 +77,8 @@ rule tokenize_fineweb:
         flags="",
     shell:
         "picogpt tokenize fineweb-edu"
-        " --shard {params.shard}"
-        f" --folder {FINEWEB}"
-        " {params.flags}"
-        " --threads {threads}"
+        f" --shard {{params.shard}} --folder {FINEWEB}"
+        " {params.flags} --threads {threads}"
         " > {log:q} 2>&1"
 
 

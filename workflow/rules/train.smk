@@ -29,8 +29,7 @@ rule train:
         overrides=lambda wildcards: expand("--set={pair}", pair=config[wildcards.model]["set"]),
     shell:
         f"{WAIT_FOR_TRAINER}picogpt train {{params.name:q}}"
-        " {params.file:q}"
-        " {params.overrides:q}"
+        " {params.file:q} {params.overrides:q}"
         f" --data {TOKENS}"
         f" --name {RUN}"
         " --replace"
@@ -61,8 +60,7 @@ rule train_gpt2:
         overrides=lambda wildcards: expand("--set={pair}", pair=config["gpt2"]["set"]),
     shell:
         f"{WAIT_FOR_TRAINER}{{params.launch}} train gpt2"
-        " {params.file:q}"
-        " {params.overrides:q}"
+        " {params.file:q} {params.overrides:q}"
         f" --data {GPT2_TOKENS}"
         f" --folder {GPT2}"
         " --replace"
@@ -93,8 +91,7 @@ rule train_fineweb:
         overrides=lambda wildcards: expand("--set={pair}", pair=config["fineweb"]["set"]),
     shell:
         f"{WAIT_FOR_TRAINER}{{params.launch}} train gpt2"
-        " {params.file:q}"
-        " {params.overrides:q}"
+        " {params.file:q} {params.overrides:q}"
         f" --data {FINEWEB}"
         f" --folder weights/gpt2/{RUN}/fineweb-edu_{{wildcards.hardware}}"
         " --hardware {params.machine:q}"
