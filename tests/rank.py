@@ -2,7 +2,7 @@
 
 Arguments: run folder, tokens folder, experiment as JSON, misfortune: none, die:RANK:STEP (killed before that step, once),
 save:N (killed between write and rename of its N-th last.pt), nan:RANK:STEP (a loss that is not a number), linger (slow
-steps), count (the all-reduces of gradients, into the file `exchanges`).
+steps), count (the all-reduces of gradients, into the file `exchanges`), compile (it pays for a short training too).
 """
 
 import gc
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from picogpt import cli
 from picogpt.config import Experiment
 from picogpt.data.corpus import open_data
+from picogpt.train import loop
 from picogpt.train.distributed import init_distributed
 from picogpt.train.loop import Trainer
 
@@ -40,6 +41,8 @@ def die_in_save(number: int) -> None:
 
 def train(folder: str, tokens: str, experiment: str, misfortune: str) -> None:
     name, *numbers = misfortune.split(":")
+    if name == "compile":
+        loop.TOKENS_TO_COMPILE = 0
     exchanges: list[int] = []
 
     def exchange(state, bucket):

@@ -154,7 +154,7 @@ def _transformers(experiment: Experiment, dtype: str, tokens: int) -> float | No
 
 
 def whole_trainings(overrides: Sequence[str]) -> Iterator[Row]:
-    """Seconds of the whole commands `picogpt train`, from start to end, and the losses that they reach.
+    """Seconds of whole trainings by the command line, from start to end, and the losses that they reach.
 
     Raises PicogptError when one of them fails.
     """
@@ -166,7 +166,7 @@ def whole_trainings(overrides: Sequence[str]) -> Iterator[Row]:
                 [sys.executable, "-m", "picogpt", "train", kind, *arguments], capture_output=True, text=True
             )
             if run.returncode:
-                raise PicogptError(f"picogpt train {kind} failed: {run.stderr.strip()}")
-            yield Row(f"picogpt train {kind}, whole command", time.perf_counter() - began, "s")
+                raise PicogptError(f"the training of {kind} failed: {run.stderr.strip()}")
+            yield Row(f"training of {kind}, whole command", time.perf_counter() - began, "s")
             loss = records.read(Path(folder) / "run/record.json")["results"]["best_val_loss"]
-            yield Row(f"picogpt train {kind}, best validation loss", loss, "nats")
+            yield Row(f"training of {kind}, best validation loss", loss, "nats")

@@ -138,7 +138,7 @@ def test_a_dead_rank_of_two_nodes_is_replaced_and_the_run_goes_on(alone, tokens_
 def test_where_nothing_can_be_compiled_the_ranks_go_on_without(alone, tokens_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    done = run(2, *script(tmp_path / "run", tokens_folder, compile="auto", micro_batch_size=2))
+    done = run(2, *script(tmp_path / "run", tokens_folder, "compile", compile="auto", micro_batch_size=2))
     assert done.returncode == 0, done.stderr
     assert "torch.compile does not work here" in done.stderr
     assert_same(tmp_path / "run", alone)

@@ -45,7 +45,7 @@ def interrupt(experiment: Experiment, tokens, folder: Path, step: int) -> None:
 
 
 def mebibytes(row: tuple[str, str]) -> float:
-    return float(row[0].removesuffix(" MiB"))
+    return float(row[0].removesuffix(" MiB").replace(",", ""))
 
 
 @pytest.fixture
@@ -188,6 +188,7 @@ def test_the_command_leaves_no_file_anywhere(work: Path, launcher: list[str]):
         *TRAIN,
         "--dry-run",
         "--set=runtime.compile=auto",
+        "--steps=10000000",  # so many that it pays to compile
     ]
     environment = {**os.environ, **places, "CXX": "/nonexistent/c++", "PYTHONDONTWRITEBYTECODE": "1"}
     before = tree(work)
