@@ -7,13 +7,14 @@ READY  := $(VENV)/.ready
 # snakefmt runs shfmt, which is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: quick report test test-all test-slurm test-gpu bench-gpu check format rulegraph reference clean help
+.PHONY: quick report test test-all test-long test-slurm test-gpu bench-gpu check format rulegraph reference clean help
 
 help:
 	@echo "make quick    set up, then run the whole pipeline with small models, in minutes: quick/results/report.md"
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
 	@echo "make test     set up, then run the tests"
 	@echo "make test-all  set up, then run all tests, those of a SLURM cluster too"
+	@echo "make test-long  set up, then run the tests that take more than a minute each"
 	@echo "make test-slurm set up, then run the tests that start a SLURM cluster (Debian: slurmctld slurmd slurm-client munge)"
 	@echo "make test-gpu  set up, then run the tests that need a CUDA device"
 	@echo "make bench-gpu  set up, then measure training and sampling on the GPU: one table (NANOGPT=path/to/model.py beside it)"
@@ -31,13 +32,16 @@ report: $(READY)
 	$(BIN)/snakemake
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slurm" --durations=25
-	@echo "not run: the tests marked slurm, which start a cluster of their own and take minutes: make test-slurm, or make test-all"
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slurm and not long" --durations=25
+	@echo "not run: the tests marked long (make test-long) and slurm, which start a cluster (make test-slurm); make test-all runs all"
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm
 
-test-all: test test-slurm
+test-long: $(READY)
+	$(BIN)/python -m pytest --numprocesses=auto -m long
+
+test-all: test test-long test-slurm
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -69,7 +69,7 @@ def summary(**arguments: Any) -> None:
 @click.option(
     "--metrics", type=PATH, multiple=True, help="metrics.jsonl of a run, for its loss curve in HTML; repeatable."
 )
-@click.option("--probabilities", type=PATH, multiple=True, help="File of picogpt sample --probabilities; repeatable.")
+@click.option("--probabilities", type=PATH, multiple=True, help="File of `sample --probabilities`; repeatable.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Value that the template uses; repeatable.")
 @click.option("--hardware", multiple=True, help="Machine whose training ladder is shown; repeatable.")
 @REFERENCES

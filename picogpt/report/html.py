@@ -67,7 +67,7 @@ def curves(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def tokens(path: Path, most: int = 1500) -> list[tuple[str, float, int]]:
-    """The first tokens of a file of `picogpt sample --probabilities`: text, probability, colour from 0, likely, to 5.
+    """The first tokens of a file of `sample --probabilities`: text, probability, colour from 0, likely, to 5.
 
     Raises PicogptError when the file is another.
     """
@@ -76,7 +76,7 @@ def tokens(path: Path, most: int = 1500) -> list[tuple[str, float, int]]:
         pairs = list(zip(map(str, first["tokens"]), map(float, first["probabilities"]), strict=True))[:most]
         return [(text, share, bisect_right(BITS, -math.log2(share) if share else math.inf)) for text, share in pairs]
     except (ValueError, TypeError, LookupError) as error:
-        raise PicogptError(f"{path} is no file of picogpt sample --probabilities: {error}") from error
+        raise PicogptError(f"{path} is no file of `sample --probabilities`: {error}") from error
 
 
 def bars(ladder: Ladder) -> dict[str, Any]:

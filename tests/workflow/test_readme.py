@@ -111,7 +111,8 @@ SUBSTITUTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...]
     (r"(snakemake) (--config corpus=my\.txt)$", r"\1 media/char_bigram_loss.png \2", "all of it takes minutes; test_workflow.py makes it"),
     (r"(--workflow-profile slurm)", r"\1 --dry-run", "wants a cluster; test_slurm.py starts one"),
     (r"^(picogpt (?:bench )?sample (?!.* -n ).*)$", r"\1 -n 20", "500 tokens take a while, even of a small model"),
-    (r" --compile\b", "", "wants a GPU, and is refused without one; test_sample.py compiles a step"),
+    (r" --compile(?: -n \d+)?", " -n 20", "wants a GPU, and is refused without one; test_sample.py compiles a step"),
+    (r"(bench table)(?: --nanogpt \S+)?", r"\1 --steps 1 -n 4 --no-trainings", "measures for minutes; test_table.py has a peer"),
     (r" --set model\.size=\w+", "", "a model of that size takes minutes; test_config.py has its shape"),
     (r"(--steps |train\.steps=)\d+", r"\g<1>2", "so many steps take minutes, even of a small model"),
 )  # fmt: skip

@@ -17,7 +17,7 @@ MAKES_THE_CURVE = {"tokenize_char", "train", "loss_curve"}
 EVERYTHING = {
     "fetch_corpus", "fetch_gpt2_ranks", "fetch_hub", "tokenize_char", "tokenize_gpt2", "train", "train_gpt2",
     "sample", "sample_untrained", "sample_gpt2", "evaluate", "bench_sampling", "bench_sampling_streams",
-    "bench_weights", "bench_train", "loss_curve", "throughput", "summary", "page", "page_html",
+    "bench_weights", "bench_train", "loss_curve", "throughput", "summary", "page",
 }  # fmt: skip
 MODULE = """
 configfile: "mine.yaml"
