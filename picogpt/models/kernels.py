@@ -42,7 +42,7 @@ def use(
     residual: str = "float32",
     compile_for: hardware.Device | None = None,
 ) -> None:
-    """Let `model` train with these kernels: names of ATTENTION and, for GPT-2, of LOSSES; and a dtype of the residual stream.
+    """Let `model` train with these kernels: names of ATTENTION and, for GPT-2, of LOSSES and RESIDUALS.
 
     `compile_for` is the device of a model that will be compiled: kernels that must not be traced are excluded from its graph.
     """
@@ -57,13 +57,7 @@ def use(
             module.sdpa = sdpa
     if isinstance(model, GPT2):
         model.loss = MethodType(mean_loss, model)  # type: ignore[method-assign]
-        if residual == "bfloat16":
-            model.drop.register_forward_hook(_to_bfloat16)
-
-
-def _to_bfloat16(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """The residual stream begins in bfloat16 and stays there: half the memory traffic of its additions and norms."""
-    return output.bfloat16()
+        model.drop.forward = MethodType(RESIDUALS[residual], model.drop)  # type: ignore[method-assign]
 
 
 def specialize(model: GPT2, layer: type[Bfloat16Linear] | type[PackedLinear] | type[SplitLinear]) -> GPT2:
@@ -225,9 +219,8 @@ def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -
     if a.device.type == "cuda" and a.dtype == torch.bfloat16 and hasattr(torch.ops.aten.addmm, "dtype_out"):
         if total is None:
             total = torch.zeros(a.size(0), b.size(1), device=a.device)
-        return torch.ops.aten.addmm.dtype_out(
-            total, a, b, torch.float32, out=total
-        )  # sums in float32 inside the product
+        # This one sums in float32 inside the product.
+        return torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
     product = a @ b
     return product if total is None else total.float().add_(product)
 
@@ -253,12 +246,18 @@ def softmax_loss(
             torch.mul(gradient, scale, out=block[:, :vocab_size])
 
 
+def bfloat16_residual(drop: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    """The residual stream begins in bfloat16 and stays there: half the memory traffic of its additions and norms."""
+    return nn.Dropout.forward(drop, x).bfloat16()
+
+
 ATTENTION: dict[str, Any] = {
     "written_out": written_out_attention,
     "flash": F.scaled_dot_product_attention,
     "fastest": fastest_attention,
 }
 LOSSES: dict[str, Any] = {"plain": GPT2.loss, "padded": padded_loss, "fused": fused_loss}
+RESIDUALS: dict[str, Any] = {"float32": nn.Dropout.forward, "bfloat16": bfloat16_residual}
 
 
 class Bfloat16Linear(nn.Module):

@@ -141,13 +141,14 @@ def test_the_residual_stream_can_be_bfloat16():
     for block in model.h:
         block.register_forward_hook(lambda module, inputs, output: streams.append(output.dtype))
     results = []
-    for residual in ("float32", "bfloat16"):
+    for residual in ("float32", "bfloat16", "float32"):
         kernels.use(model, residual=residual)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(idx, idx.roll(1))
         results.append((loss.item(), *torch.autograd.grad(loss, list(model.parameters()))))
-    assert streams == [torch.float32] * 2 + [torch.bfloat16] * 2
-    (loss, *gradients), (rounded, *rounded_gradients) = results
+    assert streams == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float32] * 2
+    (loss, *gradients), (rounded, *rounded_gradients), (again, *_) = results
+    assert again == loss
     assert rounded == pytest.approx(loss, abs=5e-3)
     for ours, exact in zip(rounded_gradients, gradients, strict=True):
         assert F.cosine_similarity(ours.flatten(), exact.flatten(), dim=0) > 0.99
