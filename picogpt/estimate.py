@@ -82,7 +82,7 @@ def _size(experiment: Experiment) -> tuple[int, int]:
     with shapes_only():
         model = models.build(experiment.model, vocab_size, 0)
     products = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    return sum(parameter.numel() for parameter in model.parameters()), model.flops_per_token() or 6 * products
+    return model.parameter_count(), model.flops_per_token() or 6 * products
 
 
 def _products_per_second(dtype: str) -> float:

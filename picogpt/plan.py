@@ -222,7 +222,7 @@ def _fast_dtype(gpus: int, here: int) -> str:
     if (gpus > 0) != (here > 0):  # the job runs on another machine
         return "bfloat16" if gpus else "float32"
     # A CPU is described without torch, which takes seconds to load.
-    return hardware.select("cpu" if machines.here()[0] == "cpu" else "auto").dtype
+    return hardware.select("auto" if here else "cpu").dtype
 
 
 def _streams(asked: Configuration, gpus: int) -> list[int]:

@@ -162,7 +162,7 @@ class _Ladder:
             "slowest": max(timed),
             "tokens_per_second": rate,
             "flops_per_token": flops,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": model.parameter_count(),
             "mfu": hardware.mfu(self.device, rate / self.world.size, flops),
             "first_step_seconds": first,
             "compile_seconds": max(0.0, first - median * (2 if alone_seconds else 1)) if switches.compile else None,

@@ -103,13 +103,14 @@ def _in_turn(actions: list[Callable[[], Any]], repeats: int, device: hardware.De
 
 
 def ladder_top(experiment: Experiment, data: TokenData) -> Iterator[Row]:
-    """Tokens/s of the last rung of this machine's training ladder that captures no CUDA graphs; none where no file fits."""
+    """Tokens/s of the last rung of this machine's training ladder that captures no CUDA graphs; none where it is not measured."""
     for name in machines.fitting()[:1]:
         machine = machines.load(name)
         rung = [rung for rung in machine.rungs if RUNGS[rung].changes.get("compile") not in GRAPH_MODES][-1]
         assert isinstance(experiment.model, GPT2Config)
         record = ladder.measure(name, machine, rung, experiment.model, data, World())
-        yield Row(f"ladder of {name}, {rung}", record["results"]["tokens_per_second"], "tokens/s")
+        if record["results"]:
+            yield Row(f"ladder of {name}, {rung}", record["results"]["tokens_per_second"], "tokens/s")
 
 
 def sampling(experiment: Experiment, tokenizer: Tokenizer, tokens: int) -> Iterator[Row]:

@@ -118,14 +118,14 @@ def train(
 
 
 @bench.command()
-@click.option("--nanogpt", type=click.Path(path_type=Path), help="nanoGPT's model.py, to be measured beside ours.")
+@click.option("--nanogpt", type=common.PATH, help="nanoGPT's model.py, to be measured beside ours.")
 @click.option("--batch-size", type=click.IntRange(1), help="Sequences of a training step. [default: 64; on a CPU 4]")
 @click.option("--steps", type=click.IntRange(1), default=10, help="Training steps of each of three rounds.")
 @click.option("-n", "--num-tokens", type=click.IntRange(1), default=500, help="Tokens of each run of sampling.")
 @click.option("--trainings/--no-trainings", default=True, help="Also the two short trainings, from start to end.")
 @common.data_option
 @common.set_option
-@click.option("--out", type=click.Path(path_type=Path), help="Also write the rows to this JSON file.")
+@record_option
 def table(
     nanogpt: Path | None,
     batch_size: int | None,

@@ -83,6 +83,11 @@ compile_option = click.option(
 )
 
 
+def now() -> str:
+    """The name of a run that was given none."""
+    return datetime.now().strftime("%Y%m%d_%H%M%S")
+
+
 @contextmanager
 def run_folder(parent: Path, name: str | None) -> Iterator[Path]:
     """The folder `name` in `parent`; without a name a new one, called by the time, that no other command gets.
@@ -92,7 +97,7 @@ def run_folder(parent: Path, name: str | None) -> Iterator[Path]:
     if name:
         yield parent / name
         return
-    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    stamp = now()
     make_folder(parent)
     for number in itertools.count(1):
         folder = parent / (stamp if number == 1 else f"{stamp}_{number}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,22 +100,23 @@ def train(
     token_data = open_data(data or common.token_folder(kind))
     common.require_fitting(kind, token_data)
 
-    from picogpt.train.dry_run import DryRun, nothing_left_behind
+    if options["dry_run"]:
+        from picogpt.train import dry_run
+
+        run = run or (None if folder else common.now())  # the folder of a name that is given is not made yet
     from picogpt.train.loop import Trainer
 
-    dry_run = options["dry_run"]
-    if dry_run and not run and not folder:
-        run = f"{datetime.now():%Y%m%d_%H%M%S}"  # the folder of a name that is given is not made yet
     with init_distributed(experiment.runtime.device) as world, ExitStack() as held:
         corpus = token_data.train.header.corpus
         target = folder or world.broadcast_from_main(lambda: _folder(held, kind, run, corpus))
-        if dry_run:
-            held.enter_context(nothing_left_behind())
-        make = DryRun if dry_run else Trainer
+        make: type[Trainer] = Trainer
+        if options["dry_run"]:
+            held.enter_context(dry_run.nothing_left_behind())
+            make = dry_run.DryRun
         trainer = make(experiment, token_data, target, world, machines.name_of(hardware) if hardware else None)
         if hardware and machine:
             machines.require(hardware, machine, trainer.device, world.size)
-        if isinstance(trainer, DryRun):
+        if options["dry_run"] and isinstance(trainer, dry_run.DryRun):
             rows = trainer.measure(options["replace"])
             return click.echo(common.aligned(rows, range(1, 2))) if world.is_main else None
         try:

@@ -33,6 +33,10 @@ class LanguageModel(nn.Module):
         """An empty KV cache for decoding; None for a model that has no use for one."""
         return None
 
+    def parameter_count(self) -> int:
+        """Number of parameters; shared ones count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def flops_per_token(self) -> int | None:
         """Floating-point operations of training on one token, forward and backward; None where they are not counted."""
         return None

@@ -81,7 +81,7 @@ class DryRun(Trainer):
         text = f"{self.data.train.header.corpus}, {len(self.data.train.ids):,} tokens"
         return [
             ("device", self.device.type, f"{self.device.name}: {self.device.dtype}, {how}"),
-            ("parameters", f"{sum(p.numel() for p in self.model.parameters()):,}", self.experiment.model.kind),
+            ("parameters", f"{self.model.parameter_count():,}", self.experiment.model.kind),
             ("batch", f"{batch:,} sequences", parts),
             ("step", f"{self.tokens_per_step:,} tokens", f"in sequences of {self.sampler.block_size:,}"),
             ("training", f"{self.total_steps * self.tokens_per_step:,} tokens", f"in {self.total_steps:,} steps"),

@@ -361,7 +361,7 @@ class Trainer:
             "tokens_per_second": rate,
             "flops_per_token": flops,
             "mfu": hardware.mfu(self.device, rate / self.world.size, flops),
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "parameters": self.model.parameter_count(),
             "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
             "train_seconds": p.train_seconds,
             "first_step_seconds": p.first_step_seconds,
