@@ -294,7 +294,9 @@ class Int8Linear(Bfloat16Linear):
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """rows (N, in), bfloat16, times weight': (N, out)."""
-        if len(rows) <= FEW_ROWS and rows.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):
+        # Where a row ends within a vector register, torch's kernel also reads the memory behind it.
+        whole = rows.size(1) % 64 == 0
+        if whole and len(rows) <= FEW_ROWS and rows.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):
             return torch._weight_int8pack_mm(rows, self.weight, self.scale)
         return bfloat16_product(rows, self.weight.bfloat16()) * self.scale
 

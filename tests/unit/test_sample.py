@@ -361,6 +361,16 @@ def test_other_dtypes_stay_close_with_instructions_for_them_and_without(monkeypa
     assert generate(model, prompts_of(5), 40, Decoding(), 1).shape == (1, 40)
 
 
+@pytest.mark.parametrize("width", [8, 24, 64])
+def test_int8_reads_nothing_behind_a_row(width: int):
+    """As torch's kernel does for widths that do not fill its registers: numbers from there, or a segmentation fault."""
+    memory = torch.full((10_000,), float("nan"), dtype=torch.bfloat16)
+    rows = memory[: 3 * width].view(3, width).normal_()
+    layer = kernels.Int8Linear(torch.randn(32, width), None)
+    expected = rows.float() @ (layer.weight.float() * layer.scale.float()[:, None]).T
+    torch.testing.assert_close(layer.product(rows).float(), expected, atol=0.02 * width**0.5, rtol=0.02)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder weights/ with two tokenizers and a short run of each model."""
