@@ -4,17 +4,18 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TESTS  := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=25
 # snakefmt runs shfmt, which is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: quick report test test-all test-long test-slurm test-gpu bench-gpu check format rulegraph reference clean help
+.PHONY: quick report test test-all test-slow test-slurm test-gpu bench-gpu check format rulegraph reference clean help
 
 help:
 	@echo "make quick    set up, then run the whole pipeline with small models, in minutes: quick/results/report.md"
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
-	@echo "make test     set up, then run the tests"
-	@echo "make test-all  set up, then run all tests, those of a SLURM cluster too"
-	@echo "make test-long  set up, then run the tests that take more than a minute each"
+	@echo "make test     set up, then run the tests that are quick"
+	@echo "make test-all  set up, then run all tests, also the slow ones and those of a SLURM cluster"
+	@echo "make test-slow  set up, then run the tests that take more than about twenty seconds each"
 	@echo "make test-slurm set up, then run the tests that start a SLURM cluster (Debian: slurmctld slurmd slurm-client munge)"
 	@echo "make test-gpu  set up, then run the tests that need a CUDA device"
 	@echo "make bench-gpu  set up, then measure training and sampling on the GPU: one table (NANOGPT=path/to/model.py beside it)"
@@ -32,16 +33,16 @@ report: $(READY)
 	$(BIN)/snakemake
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slurm and not long" --durations=25
-	@echo "not run: the tests marked long (make test-long) and slurm, which start a cluster (make test-slurm); make test-all runs all"
+	$(TESTS) -m "not slurm and not slow"
+	@echo "not run: the tests marked slow (make test-slow) and slurm, which start a cluster (make test-slurm); make test-all runs all"
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm
 
-test-long: $(READY)
-	$(BIN)/python -m pytest --numprocesses=auto -m long
+test-slow: $(READY)
+	$(TESTS) -m "slow and not slurm"
 
-test-all: test test-long test-slurm
+test-all: test test-slow test-slurm
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -161,6 +161,7 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(work: Path, number:
     assert f"everything is saved in {FOLDER}/checkpoints: the same command continues from there" in errors
 
 
+@pytest.mark.slow
 def test_a_stopped_run_without_a_name_says_which_name_goes_on(
     picogpt, corpus: Path, tmp_path: Path, gpt2: GPT2Tokenizer
 ):

@@ -121,6 +121,7 @@ def test_a_dead_rank_is_replaced_and_the_run_goes_on(alone, tokens_folder, tmp_p
     assert results(tmp_path)["sessions"] == 2
 
 
+@pytest.mark.slow
 def test_a_dead_rank_of_two_nodes_is_replaced_and_the_run_goes_on(alone, tokens_folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -135,6 +136,7 @@ def test_a_dead_rank_of_two_nodes_is_replaced_and_the_run_goes_on(alone, tokens_
     assert results(tmp_path)["sessions"] == 2
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_compiled_the_ranks_go_on_without(alone, tokens_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))

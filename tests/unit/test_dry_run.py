@@ -170,6 +170,7 @@ def test_no_tokens_are_refused_too(picogpt, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]])
 def test_the_command_leaves_no_file_anywhere(work: Path, launcher: list[str]):
     """Neither does torch.compile, which keeps files in the home folder and the one for temporary files."""

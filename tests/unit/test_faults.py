@@ -129,6 +129,7 @@ def test_out_of_memory_of_a_model_in_use_is_a_message(greek: Path, arguments: li
     assert "damaged" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_ladder_finds_the_micro_batch_that_fits_into_the_memory_of_a_cpu(tmp_path: Path, corpus: Path, gpt2):
     tokenize_gpt2([corpus], tmp_path / "tokens", gpt2)
     batch = {"batch_size": 16, "micro_batch_size": 16, "block_size": 64}  # 200 MiB of logits

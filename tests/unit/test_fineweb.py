@@ -378,6 +378,7 @@ def test_a_process_that_may_open_few_files_asks_for_more(monkeypatch: pytest.Mon
 TRAIN = {"steps": 8, "eval_interval": 4, "eval_train": "part", "micro_batch_size": 2}
 
 
+@pytest.mark.slow
 def test_two_ranks_on_shards_equal_one_on_a_single_file(joined: Path, whole: TokenData, tmp_path: Path):
     alone = train(1, *script(tmp_path / "alone", whole.train.path.parent, **TRAIN))
     assert alone.returncode == 0, alone.stderr

@@ -122,7 +122,6 @@ def test_where_memory_runs_out_the_largest_micro_batch_that_fits_is_recorded(mon
         assert (record["results"]["micro_batch_size"], record["results"]["out_of_memory"]) == (expected, True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("works", [True, False])
 def test_the_rung_of_torch_compile(tokens, works: bool):
     broken = {"cpp.cxx": ("/nonexistent/c++",), "force_disable_caches": True}
@@ -135,7 +134,6 @@ def test_the_rung_of_torch_compile(tokens, works: bool):
             assert measure("flash", tokens)["setup"]["compile"] is None  # goes on without it, and says so
 
 
-@pytest.mark.slow
 def test_every_layer_is_compiled_also_where_attention_is_not(monkeypatch, tokens):
     """Ten layers: for eight programs of the same lines torch makes no more."""
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device_type: True)

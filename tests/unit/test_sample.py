@@ -168,7 +168,6 @@ def test_a_model_that_is_gone_keeps_nothing():
     assert kept() is None
 
 
-@pytest.mark.slow
 def test_a_compiled_step_gives_the_same(model):
     prompts = prompts_of(4, 9)
     if model.new_cache(1) is None:
@@ -421,7 +420,6 @@ def test_the_command_line(trained, picogpt, tmp_path: Path):
     assert (tmp_path / "o.txt").read_text() == continued[:-1]
 
 
-@pytest.mark.slow
 def test_without_a_working_compiler_there_is_one_message(trained, picogpt, monkeypatch):
     monkeypatch.setattr(sampling, "prepare", lambda model, *_, **__: model)  # which refuses to compile on a CPU
     with torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",), "force_disable_caches": True}):

@@ -362,7 +362,6 @@ def recording(save, best: Path, written: list):
     return noting
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "optimizer"), [("char-transformer", "muon"), ("gpt2", "adamw")])
 def test_compiled_training_learns_the_same_and_saves_plain_names(tokens, tmp_path, kind: str, optimizer: str):
     def train(mode: str) -> tuple[float, set[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import forked
 import hub as hub_server
+import pytest
 import yaml
 from conftest import copy_source
 from hub import HELD_OUT, hub_path, parquet, registered, texts
@@ -36,6 +37,7 @@ def source_with(contents: list[bytes], tree: Path) -> Path:
     return tree
 
 
+@pytest.mark.slow
 @needs_snakemake
 def test_the_rules(tmp_path: Path, gpt2_resources: Path):
     """In a copy of the source tree whose registry names two small shards."""

@@ -23,7 +23,7 @@ def snakemake(folder: Path, *arguments: object) -> str:
     return run.stdout + run.stderr
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_artifact_is_made_and_says_that_its_models_are_small(tmp_path: Path, corpus: Path):
     small = ["--configfile", QUICK, "--config", f"corpus={corpus}"]
     out = snakemake(tmp_path, "--snakefile", ROOT / "Snakefile", "--directory", tmp_path / "quick", *small)

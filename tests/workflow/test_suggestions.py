@@ -187,7 +187,7 @@ SMALL_HERE = {
 """What is here in the place of what the examples name."""
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @needs_snakemake
 def test_every_command_in_a_help_text_works(world: Path):
     """But for those on several ranks that the page README.md has too: its test runs that."""

@@ -187,6 +187,7 @@ def test_planning_asks_no_network(finished: Path):
         assert answering.requests == []
 
 
+@pytest.mark.slow
 def test_the_pretrained_rows_join_once_the_hub_answers(copied: Path):
     """Every run asks, and makes nothing else, until the hub has said what it would go on saying."""
 
@@ -214,6 +215,7 @@ def test_the_pretrained_rows_join_once_the_hub_answers(copied: Path):
         assert asked(answering.address) == (set(), "refused")
 
 
+@pytest.mark.slow
 def test_a_pipeline_killed_in_the_middle_goes_on_to_the_same_results(finished: Path, copied: Path):
     run = Path("weights/char_transformer/pipeline")
     shutil.rmtree(copied / run)
