@@ -14,8 +14,8 @@ help:
 	@echo "make quick    set up, then run the whole pipeline with small models, in minutes: quick/results/report.md"
 	@echo "make report   set up, then run the whole pipeline for the hardware that is here: results/report.md"
 	@echo "make test     set up, then run the tests that are quick"
-	@echo "make test-all  set up, then run all tests, also the slow ones and those of a SLURM cluster"
-	@echo "make test-slow  set up, then run the tests that take more than about twenty seconds each"
+	@echo "make test-all  set up, then run all tests: those of test-slow and of test-slurm"
+	@echo "make test-slow  set up, then run these and the slow tests, such as every command of the README"
 	@echo "make test-slurm set up, then run the tests that start a SLURM cluster (Debian: slurmctld slurmd slurm-client munge)"
 	@echo "make test-gpu  set up, then run the tests that need a CUDA device"
 	@echo "make bench-gpu  set up, then measure training and sampling on the GPU: one table (NANOGPT=path/to/model.py beside it)"
@@ -40,9 +40,9 @@ test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm
 
 test-slow: $(READY)
-	$(TESTS) -m "slow and not slurm"
+	$(TESTS) -m "not slurm"
 
-test-all: test test-slow test-slurm
+test-all: test-slow test-slurm
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
