@@ -11,7 +11,7 @@ import torch
 
 from picogpt import hardware, machines, models
 from picogpt.config import Experiment, load_experiment, model_file
-from picogpt.data import fetch
+from picogpt.data import documents, fetch
 from picogpt.models.language_model import shapes_only
 from picogpt.plan import Plan
 from picogpt.reference import CORPUS
@@ -30,7 +30,7 @@ def table(config: dict[str, Any], plan: Plan) -> list[tuple[str, str, str]]:
     rates = {dtype: _products_per_second(dtype) for dtype in ("float32", "bfloat16")}
     fast, bandwidth = plan.fast_dtype, _copied_bytes_per_second()
     rates["int8"] = rates[fast]
-    size = Path(plan.text).stat().st_size if Path(plan.text).exists() else fetch.registry()[CORPUS].size
+    size = documents.size(Path(plan.text)) if Path(plan.text).exists() else fetch.registry()[CORPUS].size
     rows: list[tuple[str, str, float, Path]] = []
     for name in plan.models:
         asked, character = config[name], name.startswith("char")

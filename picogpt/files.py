@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -100,12 +101,20 @@ def read_hashed(path: str | Path) -> tuple[str, str]:
         content = Path(path).read_bytes()
         if content.startswith(LFS_POINTER):
             raise PicogptError(f"{path} only says where Git LFS keeps the file: git lfs pull brings it")
-        return content.decode("utf-8").removeprefix("\ufeff"), hashlib.sha256(content).hexdigest()
+        return decode(content, path).removeprefix("\ufeff"), hashlib.sha256(content).hexdigest()
     except OSError as error:
         raise PicogptError(f"cannot read {path}: {error.strerror}") from error
+
+
+def decode(content: bytes, path: str | Path, start: int = 0) -> str:
+    """UTF-8 that begins at byte `start` of a file. Raises PicogptError, which names the first byte that is none."""
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
-        wrong = f"byte {error.start} is 0x{error.object[error.start]:02x}"
-        raise PicogptError(f"{path} is not UTF-8 text: {wrong}") from error
+        wrong = f"byte {start + error.start} is 0x{content[error.start]:02x}"
+        encoding = "UTF-16" if start + error.start == 0 and content[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+        remedy = f"if it is {encoding}, iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt converts it"
+        raise PicogptError(f"{path} is not UTF-8 text: {wrong}; {remedy}") from error
 
 
 def own_name(text: str, source: str | None = None) -> str:

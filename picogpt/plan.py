@@ -15,9 +15,9 @@ from pydantic import Field, field_validator
 
 from picogpt import hardware, machines
 from picogpt.config import Settings, load_experiment, model_file, parse, read_yaml
-from picogpt.data import fetch
+from picogpt.data import documents, fetch
 from picogpt.errors import UsageError
-from picogpt.files import own_name, sha256_file
+from picogpt.files import own_name
 
 RESOURCES = Path("resources")
 CLOCK_TOLERANCE_S = 60
@@ -120,7 +120,7 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     Raises UsageError where the configuration asks for something that is not there or that cannot work.
     """
     asked = parse(Configuration, tree, source)
-    text, corpus = _text(asked.corpus)
+    text, corpus, sha256 = _text(asked.corpus)
     here = len(hardware.usable_gpus())
     gpus = here if asked.gpus == "auto" else asked.gpus
     models = {}
@@ -147,7 +147,7 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     return Plan(
         text=text,
         corpus=corpus,
-        text_identity={} if text == str(RESOURCES / "corpus.txt") else {"text_sha256": sha256_file(text)},
+        text_identity={"text_sha256": sha256} if sha256 else {},
         detected=[key for key, value in resolvable.items() if value == "auto"],
         fast_dtype=_fast_dtype(gpus, here),
         streams=_streams(asked, gpus),
@@ -182,18 +182,19 @@ def launch(ranks: int, nodes: int = 1) -> str:
     )
 
 
-def _text(corpus: list[str] | str) -> tuple[str, str]:
-    """(path, name) of the text: the user's own file, or the copy of a registered corpus that a fetch rule makes."""
+def _text(corpus: list[str] | str) -> tuple[str, str, str | None]:
+    """(path, name, hash) of the user's own text, or (path, name, None) of a registered one, which a fetch rule copies."""
     if isinstance(corpus, list) or (corpus in fetch.registry() and not Path(corpus).is_file()):
-        return str(RESOURCES / "corpus.txt"), corpus[0] if isinstance(corpus, list) else corpus
+        return str(RESOURCES / "corpus.txt"), corpus[0] if isinstance(corpus, list) else corpus, None
     path = Path(corpus)
     if {"{", "}"} & set(corpus):
         raise UsageError(f"corpus: {corpus}: Snakemake takes braces in a path for a wildcard: rename the file")
-    if not path.is_file():
+    if not (path.is_file() or path.is_dir()):
         # Otherwise the tokens of another text, where an earlier run has left some, would be used without a word.
         names = ", ".join(name for name, asset in fetch.registry().items() if asset.kind == "corpus")
-        raise UsageError(f"there is no text {corpus}: `corpus` is the path of a UTF-8 file, or one of {names}")
-    if path.stem in fetch.registry() and not fetch.identify(sha256_file(path)):
+        raise UsageError(f"there is no text {corpus}: `corpus` is a file or a folder of texts, or one of {names}")
+    sha256 = documents.sha256(path)
+    if path.stem in fetch.registry() and not fetch.identify(sha256):
         mistake = f"is not the registered {path.stem}, whose name it bears"
         raise UsageError(f"corpus: {corpus} {mistake}: rename it, to my.txt, and run snakemake --config corpus=my.txt")
     if path.stat().st_mtime > time.time() + CLOCK_TOLERANCE_S:
@@ -201,7 +202,8 @@ def _text(corpus: list[str] | str) -> tuple[str, str]:
             f"corpus: {corpus} was changed in the future, says its time: set that right with touch {corpus}"
         )
     # Texts of the same file name in different folders, or with different suffixes, have names of their own.
-    return corpus, own_name(path.stem, None if path.parent == Path() and path.suffix in (".txt", "") else corpus)
+    alone = path.parent == Path() and path.suffix in (".txt", "")
+    return str(path), own_name(path.stem, None if alone else str(path)), sha256
 
 
 def _deciding(file: str | Path) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # Several tests at once, each with several threads: those that wait must not keep a core busy.
@@ -202,6 +203,11 @@ def gpt2(gpt2_resources: Path) -> GPT2Tokenizer:
 def gpt2_config(**settings: object) -> GPT2Config:
     """The settings of a GPT-2 with one small block, or with these `settings`."""
     return GPT2Config(**{"kind": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, **settings})
+
+
+def encode_documents(gpt2: GPT2Tokenizer, documents: list[str], threads: int = 0) -> np.ndarray:
+    """Ids of documents with `<|endoftext|>` between them."""
+    return np.concatenate([ids for _, ids in gpt2.encode_batches(documents, threads)])[:-1]
 
 
 @pytest.fixture(scope="session")

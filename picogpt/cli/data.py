@@ -20,7 +20,7 @@ FINEWEB = "fineweb-edu"
 run_option = click.option("--name", "--run", "run", callback=run_name, help=RUN_PATTERN)
 corpus_option = click.option("--corpus", help="Name of the text in results. [default: its registered or file name]")
 FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
-val_fraction_option = click.option("--val-fraction", type=FRACTION, default=0.1, help="Validation share, at the end.")
+val_fraction_option = click.option("--val-fraction", type=FRACTION, default=0.1, help="Share for validation.")
 threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 is one per core.")
 shard_option = click.option(
     "--shard", "shards", type=click.IntRange(0), multiple=True, help="Of fineweb-edu; repeatable."
@@ -134,13 +134,17 @@ def tokenize() -> None:
 
 
 @tokenize.command()
-@click.option("--text", type=PATH, help="A UTF-8 text. [default: the first corpus in resources/]")
+@click.option("--text", type=PATH, help="A file or a folder. [default: the first corpus in resources/]")
 @run_option
 @corpus_option
 @val_fraction_option
 @click.option("--drop-unseen", is_flag=True, help="Remove validation characters that the training text does not have.")
 def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: float, drop_unseen: bool) -> None:
-    """Characters as tokens. Writes tokenizer.json, train.bin and val.bin to weights/char_tokenizer/RUN/."""
+    """Characters as tokens. Writes tokenizer.json, train.bin and val.bin to weights/char_tokenizer/RUN/.
+
+    A text is a UTF-8 file, which is one document; a .jsonl, .jsonl.gz or .parquet with a document in the field `text` of
+    each line or row; or a folder of such files. Whole documents are for validation, or the end of a single one.
+    """
     from picogpt.data.corpus import first_corpus, tokenize_chars
 
     text = text or first_corpus(RESOURCES)
@@ -150,7 +154,7 @@ def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: f
 
 
 @tokenize.command()
-@click.option("--text", "texts", type=PATH, multiple=True, help="As of char; repeatable, each file is a document.")
+@click.option("--text", "texts", type=PATH, multiple=True, help="As of char; repeatable.")
 @run_option
 @corpus_option
 @val_fraction_option
@@ -158,8 +162,8 @@ def char(text: Path | None, run: str | None, corpus: str | None, val_fraction: f
 def gpt2(texts: tuple[Path, ...], run: str | None, corpus: str | None, val_fraction: float, threads: int) -> None:
     """GPT-2's byte-pair encoding, 50,257 tokens. Writes train.bin and val.bin to weights/gpt2_tokenizer/RUN/.
 
-    The merges are downloaded at first use and kept in resources/. The last part of each text is for validation.
-    Documents are separated by <|endoftext|>, which a text may contain already.
+    The merges are downloaded at first use and kept in resources/. Texts are read and split as by picogpt tokenize char.
+    Documents are separated by the token <|endoftext|>; where a document has these characters, they are ordinary text.
     """
     from picogpt.data.bpe import GPT2Tokenizer
     from picogpt.data.corpus import first_corpus, tokenize_gpt2

@@ -27,8 +27,8 @@ from picogpt.files import atomic_write
 RANKS, MERGES = "gpt2-ranks", "gpt2-merges"
 """Names of the registered files."""
 END_OF_TEXT = "<|endoftext|>"
-DOCUMENTS_AT_ONCE = 1024
-"""Held in memory, about 5 MB of text."""
+DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 1024, 1 << 23
+"""Held in memory: web pages are about 5 MB then."""
 PIECE_CHARACTERS = 1 << 20
 CUT = re.compile(r"(?<=\S)\n")
 LAST_BLANK = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])(?<=[^\S\x1c-\x1f]{1000})")
@@ -72,24 +72,16 @@ class GPT2Tokenizer:
                 raise
             return np.concatenate([self._ids(part, **special) for part in parts])
 
-    def encode_documents(self, documents: Iterable[str], threads: int = 0) -> np.ndarray:
-        """Token ids, uint16, of documents with `<|endoftext|>` between them; on `threads` cores, 0 for all.
-
-        What looks like `<|endoftext|>` inside a document is ordinary text.
-        """
-        return np.concatenate([ids for _, ids in self.encode_batches(documents, threads)])[:-1]
-
     def encode_batches(self, documents: Iterable[str], threads: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Batches of documents in order: their number, and their ids, each document terminated by `<|endoftext|>`.
+        """Batches of documents in order: their number, and their ids, uint16, each document terminated by `<|endoftext|>`.
 
-        As `encode_documents`; and while one batch is taken, the next one is read and encoded.
+        What looks like `<|endoftext|>` inside a document is ordinary text. While one batch is taken, the next one is read
+        and encoded, on `threads` cores, 0 for all.
         """
-        documents = iter(documents)
-        batches = iter(lambda: list(itertools.islice(documents, DOCUMENTS_AT_ONCE)), [])
         with ThreadPoolExecutor(threads or hardware.cpu_count()) as pool:  # tiktoken releases the GIL
             begun = (
                 (len(batch), pool.map(self._encode_piece, itertools.chain.from_iterable(map(_pieces, batch))))
-                for batch in batches
+                for batch in batches(documents)
             )
             # A pair is complete once the batch after it has begun.
             for (count, parts), _ in itertools.pairwise(itertools.chain(begun, [(0, iter(()))])):
@@ -144,6 +136,20 @@ def byte_characters() -> dict[int, str]:
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """The documents in lists that fit into memory."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if len(batch) >= DOCUMENTS_AT_ONCE or size >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _pieces(document: str) -> Iterator[tuple[str, bool]]:

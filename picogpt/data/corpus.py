@@ -1,25 +1,27 @@
-"""A tokenized corpus: made from texts, and opened as two token files or as many shards."""
+"""A tokenized corpus: made from documents, and opened as two token files or as many shards."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 import shlex
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from picogpt.data import fetch
-from picogpt.data.bpe import END_OF_TEXT, GPT2Tokenizer
+from picogpt.data import documents, fetch
+from picogpt.data.bpe import PIECE_CHARACTERS, GPT2Tokenizer, batches
 from picogpt.data.shards import MANIFEST, open_shards
 from picogpt.data.tokenizers import CharTokenizer
 from picogpt.data.tokens import Header, TokenData, TokenFile, hash_of_parts, hash_of_texts, open_tokens, write_tokens
 from picogpt.errors import PicogptError, UsageError
-from picogpt.files import exclusive_lock, read_hashed
+from picogpt.files import exclusive_lock
 
 MIN_TOKENS = 2
 """One to predict another from."""
@@ -65,29 +67,37 @@ def first_corpus(folder: Path) -> Path:
 def tokenize_chars(
     text_path: Path, folder: Path, corpus: str | None = None, val_fraction: float = 0.1, drop_unseen: bool = False
 ) -> TokenData:
-    """Split a UTF-8 text, first part for training, and write tokenizer and token files into `folder`.
+    """Write a tokenizer of characters, and token files with nothing between documents (`documents.py`), into `folder`.
 
-    The name of the corpus in all results is `corpus`, or its registered one, or the file's own. With `drop_unseen`,
+    Of several documents some are for validation (`held_out`); of a single one its end is, `val_fraction` of it. The name of the corpus in all results is `corpus`, or its registered one, or the file's own. With `drop_unseen`,
     characters of the validation text that the training text lacks are left out; without it they are an error.
 
-    Raises PicogptError when the text is empty, not UTF-8, of one character, or too short to split; UsageError when it has
-    the name of a registered corpus and is another text.
+    Raises PicogptError when the text cannot be read, is empty, of one character, or too short to split; UsageError when it
+    has the name of a registered corpus and is another text.
     """
-    (text,), text_sha256, name = _read([text_path], corpus)
-    train, val = _split(text_path, text, val_fraction)
-    tokenizer = CharTokenizer.from_text(train)
-    known = set(tokenizer.characters)
-    unseen = Counter(character for character in val if character not in known)
+    text = _read([text_path], corpus, val_fraction)
+    known: set[str] = set()
+    for document in text.train():
+        known.update(document)
+    tokenizer = CharTokenizer.from_text("".join(known))
+    unseen = Counter(character for document in text.val for character in document if character not in known)
     if unseen and not drop_unseen:
         listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
-        where = f"the validation text (the last {val_fraction:.0%}) has characters that the training text lacks"
+        where = f"the validation text ({text.val_part}) has characters that the training text lacks"
         remedy = "leave them out with --drop-unseen (drop_unseen: true), or mend the text"
         raise PicogptError(f"{text_path}: {where}: {listed}. No model can predict them; {remedy}.")
-    val = "".join(character for character in val if character not in unseen)
-    if len(val) < 2:
+    val = ["".join(character for character in document if character not in unseen) for document in text.val]
+    if sum(map(len, val)) < MIN_TOKENS:
         raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
-    parts = [(tokenizer.encode(part), len(part.encode())) for part in (train, val)]
-    return _write(folder, parts, tokenizer, name, text_sha256)
+    parts = [(_encode(tokenizer, text.train()), text.train_bytes), (_encode(tokenizer, val), _bytes(val))]
+    return _write(folder, parts, tokenizer, text)
+
+
+def _encode(tokenizer: CharTokenizer, texts: Iterable[str]) -> list[np.ndarray]:
+    """The ids of all characters in pieces: while they are made, each takes twenty bytes."""
+    joined = map("".join, batches(texts))
+    cut = (text[start : start + PIECE_CHARACTERS] for text in joined for start in range(0, len(text), PIECE_CHARACTERS))
+    return [tokenizer.encode(piece) for piece in cut]
 
 
 def tokenize_gpt2(
@@ -98,61 +108,114 @@ def tokenize_gpt2(
     val_fraction: float = 0.1,
     threads: int = 0,
 ) -> TokenData:
-    """Split UTF-8 texts, the first part of each for training, and write token files of GPT-2's tokens into `folder`.
+    """Write token files of GPT-2's tokens, with `<|endoftext|>` between documents, into `folder`; split as by `tokenize_chars`.
 
-    Each text is a document, or several with `<|endoftext|>` between them; in the files too that token is between them.
-    On `threads` cores, 0 for all. The name of the corpus is as of `tokenize_chars`.
-
-    Raises PicogptError when a text is empty, not UTF-8, or too short to split; UsageError as `tokenize_chars`.
+    On `threads` cores, 0 for all. The name of the corpus is as of `tokenize_chars`; raises as that.
     """
-    texts, text_sha256, name = _read(text_paths, corpus)
-    splits = zip(*(_split(path, text, val_fraction) for path, text in zip(text_paths, texts, strict=True)), strict=True)
+    text = _read(text_paths, corpus, val_fraction)
     parts = []
-    for some in splits:
-        documents = [document for text in some for document in text.split(END_OF_TEXT)]
-        parts.append((tokenizer.encode_documents(documents, threads), sum(len(text.encode()) for text in some)))
-    return _write(folder, parts, tokenizer, name, text_sha256)
+    for some, size in ((text.train(), text.train_bytes), (text.val, _bytes(text.val))):
+        ids = [ids for _, ids in tokenizer.encode_batches(some, threads)]
+        parts.append(([*ids[:-1], ids[-1][:-1]], size))
+    return _write(folder, parts, tokenizer, text)
 
 
-def _read(paths: Sequence[Path], corpus: str | None) -> tuple[list[str], str, str]:
-    """The texts, the hash of their bytes, and the name of the corpus."""
-    texts, hashes = map(list, zip(*map(read_hashed, paths), strict=True))
-    registered = fetch.identify(hashes[0]) if len(paths) == 1 else None
-    name = (corpus or registered or paths[0].stem).encode("utf-8", "replace").decode()  # names of files may be no UTF-8
-    if name != registered and name in fetch.registry():
-        raise UsageError(f"{paths[0]} is not the registered {name}, whose name it bears: name yours with --corpus")
-    return texts, hash_of_texts(hashes), name
+@dataclass(frozen=True)
+class _Text:
+    """The documents of a text: those for training, read anew each time, and those for validation."""
+
+    name: str
+    sha256: str
+    train: documents.Documents
+    train_bytes: int
+    val: list[str]
+    val_part: str
+    """Which part of the text is for validation, for messages."""
 
 
-def _split(path: Path, text: str, val_fraction: float) -> tuple[str, str]:
-    """The text of `path` split in two, with the last `val_fraction` of its characters for validation."""
+def _read(paths: Sequence[Path], corpus: str | None, val_fraction: float) -> _Text:
+    """The documents of `paths`, split for training and validation: the same way for all tokenizers.
+
+    Its name is `corpus`, or the registered one of the text, or that of the first path.
+    """
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction} must be between 0 and 1")
-    if not text:
-        raise PicogptError(f"{path} is empty")
-    cut = int(len(text) * (1 - val_fraction))
-    if cut < 2 or len(text) - cut < 2:
-        raise PicogptError(f"{path} has {len(text)} characters: too few for a training and a validation text")
-    return text[:cut], text[cut:]
+    texts, hashes = zip(*map(documents.read, paths), strict=True)
+    listed, text_sha256 = ", ".join(map(str, paths)), hash_of_texts(hashes)
+    registered = fetch.identify(text_sha256)
+    own = corpus or registered or paths[0].absolute().stem
+    name = own.encode("utf-8", "replace").decode()  # names of files may be no UTF-8
+    if name != registered and name in fetch.registry():
+        raise UsageError(f"{paths[0]} is not the registered {name}, whose name it bears: name yours with --corpus")
+
+    def every() -> Iterator[str]:
+        return (document for text in texts for document in text())
+
+    sizes = [len(document.encode()) for document in every()]
+    if not sizes:
+        raise PicogptError(f"{listed} is empty")
+    if len(sizes) == 1:
+        (document,) = every()
+        cut = int(len(document) * (1 - val_fraction))
+        start, end = document[:cut], document[cut:]
+        if min(len(start), len(end)) < MIN_TOKENS:
+            found = f"{len(document)} characters: too few for a training and a validation text"
+            raise PicogptError(f"{listed} has {found}")
+        return _Text(name, text_sha256, lambda: iter([start]), _bytes([start]), [end], f"the last {val_fraction:.0%}")
+    chosen = held_out(sizes, val_fraction)
+    part = f"{len(chosen):,} of {len(sizes):,} documents"
+    print(f"{name}: {part} are for validation", file=sys.stderr)
+
+    def some(for_validation: bool) -> Iterator[str]:
+        return (document for index, document in enumerate(every()) if (index in chosen) == for_validation)
+
+    train_bytes = sum(sizes) - sum(sizes[index] for index in chosen)
+    return _Text(name, text_sha256, lambda: some(False), train_bytes, list(some(True)), part)
+
+
+def held_out(sizes: Sequence[int], fraction: float) -> set[int]:
+    """Which of several documents are for validation, by their sizes: in an order drawn once, all that fit into the fraction.
+
+    Where these are less than half of it, because documents are large, the smallest other one too, if there are several.
+    """
+    budget = room = fraction * sum(sizes)
+    draw, chosen = random.Random(0), set()
+    for index in sorted(range(len(sizes)), key=lambda _: draw.random()):
+        if sizes[index] <= room:
+            chosen.add(index)
+            room -= sizes[index]
+    others = [index for index in range(len(sizes)) if index not in chosen]
+    if room > budget / 2 and len(others) > 1:
+        chosen.add(min(others, key=sizes.__getitem__))
+    return chosen
+
+
+def _bytes(texts: Iterable[str]) -> int:
+    """Length in UTF-8."""
+    return sum(len(text.encode()) for text in texts)
 
 
 def _write(
-    folder: Path,
-    parts: list[tuple[np.ndarray, int]],
-    tokenizer: CharTokenizer | GPT2Tokenizer,
-    corpus: str,
-    text_sha256: str,
+    folder: Path, parts: list[tuple[list[np.ndarray], int]], tokenizer: CharTokenizer | GPT2Tokenizer, text: _Text
 ) -> TokenData:
-    """Write the token files of both splits, ids and the bytes of their text, and the tokenizer of characters into `folder`."""
-    for split, (ids, _) in zip(("training", "validation"), parts, strict=True):
-        if len(ids) < MIN_TOKENS:
-            raise PicogptError(f"the {split} text of {corpus} has {len(ids)} tokens: {MIN_TOKENS} are the least")
-    same: dict[str, Any] = {"corpus": corpus, "text_sha256": text_sha256, "tokenizer_sha256": tokenizer.sha256}
-    same["data_sha256"] = hash_of_parts(hashlib.sha256(ids.tobytes()).hexdigest() for ids, _ in parts)
+    """Write the token files of both splits, ids in pieces and the bytes of their text, and the tokenizer of characters."""
+    for split, (pieces, _) in zip(("training", "validation"), parts, strict=True):
+        if (count := sum(map(len, pieces))) < MIN_TOKENS:
+            raise PicogptError(f"the {split} text of {text.name} has {count} tokens: {MIN_TOKENS} are the least")
+    same: dict[str, Any] = {"corpus": text.name, "text_sha256": text.sha256, "tokenizer_sha256": tokenizer.sha256}
+    same["data_sha256"] = hash_of_parts(_hash(pieces) for pieces, _ in parts)
     with exclusive_lock(folder, "tokenizing"):
-        for split, (ids, size) in zip(("train", "val"), parts, strict=True):
-            header = Header(split=split, dtype=ids.dtype.name, vocab_size=tokenizer.vocab_size, text_bytes=size, **same)
-            write_tokens(folder / f"{split}.bin", header, [(1, ids)])
+        for split, (pieces, size) in zip(("train", "val"), parts, strict=True):
+            dtype = pieces[0].dtype.name
+            header = Header(split=split, dtype=dtype, vocab_size=tokenizer.vocab_size, text_bytes=size, **same)
+            write_tokens(folder / f"{split}.bin", header, ((1, ids) for ids in pieces))
         if isinstance(tokenizer, CharTokenizer):
             tokenizer.save(folder)
     return open_data(folder)
+
+
+def _hash(pieces: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for ids in pieces:
+        digest.update(ids.tobytes())
+    return digest.hexdigest()

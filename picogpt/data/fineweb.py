@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from picogpt.config import Settings
 from picogpt.data import shards
 from picogpt.data.bpe import GPT2Tokenizer
+from picogpt.data.documents import open_table, rows
 from picogpt.data.fetch import File, obtain, read_registry, require
 from picogpt.data.tokens import Header, TokenData, write_tokens
-from picogpt.errors import PicogptError, UsageError
+from picogpt.errors import UsageError
 from picogpt.files import exclusive_lock
 from picogpt.progress import Encoding
 
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
-
 NAME = "fineweb-edu"
-COLUMN = "text"
 
 
 class Dataset(Settings):
@@ -96,8 +92,8 @@ def tokenize(
         if file:
             require(file, shard(number), _command(number))
         file = file or fetch_shard(number, cached_only=True)
-        table = _open(file)
-        total, documents = table.metadata.num_rows, _documents(table, file)
+        table = open_table(file)
+        total, documents = table.metadata.num_rows, rows(table, file)
         if held_out >= total:
             raise UsageError(f"{file} has {total} documents: --val-documents {held_out} would leave none for training")
         with Encoding(f"{NAME} shard {number}", total) as bar:
@@ -110,35 +106,3 @@ def tokenize(
 def join(folder: Path, count: int) -> TokenData:
     """Write the manifest over the first `count` shards in `folder`. Raises as `shards.join`."""
     return shards.join(folder, NAME, [(file.file, file.sha256) for file in map(shard, range(count))])
-
-
-def _open(path: Path) -> pq.ParquetFile:
-    """Open a parquet file with a column of texts. Raises PicogptError."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # With the defaults a whole row group, or the whole file, would be read into memory at once.
-        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise PicogptError(f"{path} is no parquet file: {error}") from error
-    held = {field.name: str(field.type) for field in table.schema_arrow}
-    if held.get(COLUMN) not in ("string", "large_string"):
-        listed = ", ".join(f"{name} ({dtype})" for name, dtype in held.items()) or "no columns"
-        raise PicogptError(f"{path} has no column {COLUMN!r} of strings; it has {listed}")
-    return table
-
-
-def _documents(table: pq.ParquetFile, path: Path) -> Iterator[str]:
-    """The texts in order, read one row group at a time. Raises PicogptError when one cannot be read."""
-    import pyarrow
-
-    for group in range(table.num_row_groups):
-        try:
-            for batch in table.iter_batches(1024, row_groups=[group], columns=[COLUMN]):  # documents, about 5 MB
-                texts = batch.column(0)
-                if texts.null_count:
-                    raise PicogptError(f"{path}: a document in row group {group} has no {COLUMN}")
-                yield from texts.to_pylist()
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise PicogptError(f"{path}: row group {group} cannot be read: {error}") from error

@@ -9,6 +9,7 @@ ids       `count` values of `dtype`, beginning at a multiple of 64 bytes
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +169,8 @@ def open_tokens(
 def first_mistake(error: ValidationError) -> str:
     """The first key that pydantic rejects, with its value and the reason."""
     detail = error.errors()[0]
-    value = "" if detail["type"] in ("missing", "json_invalid") else f"={detail['input']!r}"
-    return f"{'.'.join(map(str, detail['loc']))}{value}: {detail['msg']}"
+    value = "" if detail["type"] in ("missing", "json_invalid") else f"={reprlib.repr(detail['input'])}"
+    return f"{'.'.join(map(str, detail['loc']))}{value}: {detail['msg']}".lstrip("=: ")
 
 
 def hash_of_parts(hashes: Iterable[str]) -> str:

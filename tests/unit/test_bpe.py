@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from conftest import encode_documents
 
 from picogpt.config import GPT2Config
 from picogpt.data import bpe, fetch
@@ -41,7 +42,7 @@ def test_ids_are_those_of_the_reference(gpt2: GPT2Tokenizer):
     assert gpt2.decode(gpt2.encode(STRANGE)) == STRANGE
     assert gpt2.decode([50256]) == "<|endoftext|>"
     # What looks like the end in the middle of a document is text.
-    assert 50256 not in gpt2.encode_documents([STRANGE])
+    assert 50256 not in encode_documents(gpt2, [STRANGE])
 
 
 def test_broken_unicode_is_a_usage_error(gpt2: GPT2Tokenizer):
@@ -54,19 +55,22 @@ def test_pieces_on_several_cores_give_the_ids_of_the_whole(gpt2: GPT2Tokenizer, 
     monkeypatch.setattr(bpe, "PIECE_CHARACTERS", piece)
     text = ("a\nb\n\n c\t\n d \n" + STRANGE) * 3
     whole = gpt2.tiktoken.encode_ordinary(text)
-    assert gpt2.encode_documents([text], threads=2).tolist() == whole
+    assert encode_documents(gpt2, [text], threads=2).tolist() == whole
     first, second = gpt2.tiktoken.encode_ordinary("a\n b"), gpt2.tiktoken.encode_ordinary(text)
-    assert gpt2.encode_documents(["a\n b", text]).tolist() == [*first, 50256, *second]
+    assert encode_documents(gpt2, ["a\n b", text]).tolist() == [*first, 50256, *second]
 
 
 def test_token_files_of_documents(gpt2: GPT2Tokenizer, tmp_path: Path):
-    (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten<|endoftext|>eleven", "utf-8")
-    (tmp_path / "b.txt").write_text("twelve thirteen", "utf-8")
-    data = tokenize_gpt2([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "t", gpt2, val_fraction=0.5)
+    texts = ["one two three<|endoftext|>four", "five six", "seven eight nine ten eleven twelve thirteen fourteen"]
+    paths = [tmp_path / f"{number}.txt" for number in range(3)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text, "utf-8")
+    data = tokenize_gpt2(paths, tmp_path / "t", gpt2)
     assert data.vocab_size == 50257
     assert data.train.header.dtype == "uint16"
-    assert gpt2.decode(data.train.ids) == "one two three four five six seven<|endoftext|>twelve "
-    assert gpt2.decode(data.val.ids) == " eight nine ten<|endoftext|>eleven<|endoftext|>thirteen"
+    assert np.array_equal(data.train.ids, encode_documents(gpt2, [texts[0], texts[2]]))
+    assert np.count_nonzero(data.train.ids == 50256) == 1  # the one between them, and none that a text spells out
+    assert gpt2.decode(data.val.ids) == texts[1]
     assert open_data(tmp_path / "t").corpus() == data.corpus()
 
 
@@ -79,7 +83,7 @@ def test_every_model_is_measured_on_the_same_bytes(gpt2: GPT2Tokenizer, tmp_path
     assert CharTokenizer.load(tmp_path / "c").decode_bytes(of_characters.val.ids) == expected
     assert gpt2.decode_bytes(of_gpt2.val.ids) == expected
     assert of_characters.corpus()["val_bytes"] == of_gpt2.corpus()["val_bytes"] == len(expected)
-    assert gpt2.count_bytes(gpt2.encode_documents([STRANGE])) == len(STRANGE.encode())
+    assert gpt2.count_bytes(encode_documents(gpt2, [STRANGE])) == len(STRANGE.encode())
     assert gpt2.count_bytes(np.array([50256])) == 0
 
 

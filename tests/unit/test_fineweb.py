@@ -12,6 +12,7 @@ from pathlib import Path
 import hub as hub_server
 import numpy as np
 import pytest
+from conftest import encode_documents
 from hub import HELD_OUT, Hub, hub_path, parquet, registered, texts
 from test_distributed import assert_same, script
 from test_distributed import run as train
@@ -173,7 +174,7 @@ def test_the_tokens_are_those_of_all_documents_in_one_go(joined: Path, gpt2: GPT
     data = open_data(joined)
     documents = [text for number in range(3) for text in texts(number)]
     ends = [*documents, ""]  # a token after the last one too
-    expected = gpt2.encode_documents([*ends[:HELD_OUT], ""]), gpt2.encode_documents(ends[HELD_OUT:])
+    expected = encode_documents(gpt2, [*ends[:HELD_OUT], ""]), encode_documents(gpt2, ends[HELD_OUT:])
     assert np.array_equal(data.val.ids[:], expected[0])
     read = [data.train.ids[start : start + 1000] for start in range(0, len(data.train.ids), 1000)]
     assert np.array_equal(np.concatenate(read), expected[1])

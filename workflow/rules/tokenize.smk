@@ -5,21 +5,20 @@
 
 FINEWEB = f"{GPT2_TOKENS}/fineweb-edu"
 SHARDS = [f"{number:05}" for number in range(config["fineweb"]["shards"])]
+# Of a text of the user's own the hash counts: the time of a folder says little, and a text that is moved here can be old.
+TEXT = ancient(PLAN["text"]) if PLAN["text_identity"] else PLAN["text"]
 
 
 rule tokenize_char:
-    """
-    One token per character. The first 90% of the text are for training; on the rest the validation loss is measured. The
-    vocabulary comes from the training part alone.
-    """
+    """One token per character, of a vocabulary from the training part; the validation loss is measured on the other tenth."""
     input:
-        text=PLAN["text"],
+        text=TEXT,
     output:
         multiext(f"{TOKENS}/", "tokenizer.json", "train.bin", "val.bin"),
     log:
         "logs/tokenize_char.log",
     params:
-        **PLAN["text_identity"],  # of two texts the one that is moved here can be older than the tokens of the other
+        **PLAN["text_identity"],
         run=RUN,
         flags="--drop-unseen" if config["drop_unseen"] else "",
     shell:
@@ -38,7 +37,7 @@ rule tokenize_gpt2:
     models are evaluated on the same text.
     """
     input:
-        text=PLAN["text"],
+        text=TEXT,
         ranks="resources/gpt2.tiktoken",
     output:
         multiext(f"{GPT2_TOKENS}/", "train.bin", "val.bin"),
