@@ -113,7 +113,7 @@ def decode(content: bytes, path: str | Path, start: int = 0) -> str:
     except UnicodeDecodeError as error:
         wrong = f"byte {start + error.start} is 0x{content[error.start]:02x}"
         encoding = "UTF-16" if start + error.start == 0 and content[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
-        remedy = f"if it is {encoding}, iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt converts it"
+        remedy = f"if it is {encoding}, iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt makes it one"
         raise PicogptError(f"{path} is not UTF-8 text: {wrong}; {remedy}") from error
 
 

@@ -115,7 +115,7 @@ def test_the_end_of_a_single_document_is_for_validation(tmp_path: Path, capsys):
 
 
 LATIN1 = (
-    r"is not UTF-8 text: byte 3 is 0xe9; if it is LATIN1, iconv -f LATIN1 -t UTF-8 \S*my/a.txt > utf8.txt converts it"
+    r"is not UTF-8 text: byte 3 is 0xe9; if it is LATIN1, iconv -f LATIN1 -t UTF-8 \S*my/a.txt > utf8.txt makes it one"
 )
 
 

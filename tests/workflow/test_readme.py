@@ -108,7 +108,7 @@ SUBSTITUTIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...]
     (r"\bHOST\b", "127.0.0.1", "this machine is all nodes"),
     (r"(--master_port=)\d+", free_port, "another job may hold that port here"),
     (r"(--nnodes=2 --nproc_per_node=)\d+", r"\g<1>1", "eight ranks on two cores take a minute to start"),
-    (r"(snakemake) (--config corpus=my\.txt)$", r"\1 media/char_bigram_loss.png \2", "all of it takes minutes; test_workflow.py makes it"),
+    (r"(snakemake) (--config corpus=\S+)$", r"\1 media/char_bigram_loss.png \2", "all of it takes minutes; test_workflow.py makes it"),
     (r"(--workflow-profile slurm)", r"\1 --dry-run", "wants a cluster; test_slurm.py starts one"),
     (r"^(picogpt (?:bench )?sample (?!.* -n ).*)$", r"\1 -n 20", "500 tokens take a while, even of a small model"),
     (r" --compile(?: -n \d+)?", " -n 20", "wants a GPU, and is refused without one; test_sample.py compiles a step"),
@@ -170,6 +170,10 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
     asset = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     rewrite(tree / "config/assets.yaml", lambda all: {**all, "tinyshakespeare": {**all["tinyshakespeare"], **asset}})
     (tree / "my.txt").write_text(text_of_words(1600))
+    (tree / "books").mkdir()
+    for number, line in enumerate(text_of_words(1600).splitlines()):
+        (tree / f"books/{number}.txt").write_text(line)
+    (tree / "pages.jsonl").write_text('{"text": "the king and queen of night"}\n' * 200)
     shutil.copytree(gpt2_resources, tree / "resources")
 
     (tree / ".venv").mkdir()

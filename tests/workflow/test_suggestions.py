@@ -23,7 +23,7 @@ from test_readme import Command, check, commands, in_a_shell, run, tree  # noqa:
 from picogpt.cli import cli
 
 NAMED = re.compile(
-    rf"\b(?:picogpt (?:{'|'.join(cli.commands)})\b|torchrun --|snakemake --|git checkout \S|hf auth|make (?:report|reference)\b)"
+    rf"\b(?:picogpt (?:{'|'.join(cli.commands)})\b|torchrun --|snakemake --|git checkout \S|hf auth|iconv -f|make (?:report|reference)\b)"
 )
 END = re.compile(r"[,;:)]|\.\.\.|(?<!\{)\}| (?:or|makes|brings|prints|joins|where|does)\b|$")
 """What ends a command: the sentence goes on, or is over."""
@@ -85,6 +85,7 @@ MISTAKES = [
     Mistake("data/tokenizers.py", "picogpt tokenize char", "picogpt sample char-bigram --tokenizer-dir 'a b'", (*BIGRAM, "mkdir 'a b'", "echo '{}' > 'a b/tokenizer.json'")),
     Mistake("data/tokens.py", "picogpt tokenize char", "picogpt train char-bigram --data nowhere", (TEXT,)),
     Mistake("data/tokens.py", "picogpt tokenize gpt2", "picogpt train gpt2 --data 'a b'", (TEXT, "mkdir 'a b'", "echo ids > 'a b/train.bin'")),
+    Mistake("files.py", "iconv -f {} -t UTF-8 {} > utf8.txt", "picogpt tokenize char --text 'a b'", ("mkdir 'a b'", "printf 'caf\\351' > 'a b/c d.txt'")),
     Mistake("machines.py", "picogpt hardware --draft", "picogpt train gpt2 --hardware h101"),
     Mistake("machines.py", "picogpt hardware --draft", f"{ON_RANKS} a30", (*GPT2, "rm config/hardware/cpu.yaml")),
     Mistake("machines.py", "torchrun --standalone --nproc_per_node={} -m picogpt", f"{ON_RANKS} 'two ranks.yaml'", GPT2),
@@ -165,7 +166,7 @@ def test_the_command_that_a_mistake_brings_about_works(mistake: Mistake, world: 
     command = found[0]
     if command.endswith(("-m picogpt", "slurm")):  # and goes on as the mistake does
         command += " " + mistake.line.partition(" ")[2]
-    if command.startswith(("git", "hf")):
+    if command.startswith(("git", "hf", "iconv")):
         check(in_a_shell(command.replace("hf auth login", "hf auth login --help")))  # it would ask for a token
     else:
         run(Command(0, command))

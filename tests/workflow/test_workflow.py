@@ -14,11 +14,12 @@ from pathlib import Path
 import hub
 import pytest
 import yaml
-from conftest import ROOT, copy_source
+from conftest import ROOT, copy_source, text_of_words
 from filelock import FileLock
 from pipeline import BOX, NO_HUB, WORKFLOW, command, configure, job_counts, jobs, needs_snakemake, snakemake
 
 from picogpt import hardware, records
+from picogpt.files import write_text
 
 pytestmark = needs_snakemake
 TRANSFORMER_SAMPLE = "media/char_transformer_sample.txt"
@@ -275,6 +276,33 @@ def test_a_corpus_is_a_file_of_the_user_or_a_registered_name(tmp_path: Path, cor
     configure(tmp_path, corpus=corpus)
     planned = jobs(snakemake(tmp_path, "-n", "weights/char_tokenizer/pipeline/train.bin"))
     assert planned == {"tokenize_char"} | fetched
+
+
+def test_what_changes_in_a_folder_of_texts_runs_what_depends_on_it(tmp_path: Path):
+    for number, line in enumerate(text_of_words(800).splitlines()):
+        write_text(tmp_path / f"my/{number:02}.txt", line)
+    configure(tmp_path, corpus="my/")
+    made = ["weights/char_bigram/pipeline/best.pt", "weights/gpt2_tokenizer/pipeline/train.bin"]
+    snakemake(tmp_path, *made)
+    for tokenizer in ("char", "gpt2"):
+        log = (tmp_path / f"logs/tokenize_{tokenizer}.log").read_text()
+        assert log.startswith("my: 9 of 100 documents are for validation\n")
+    changed, removed, added = (tmp_path / f"my/{name}" for name in ("01.txt", "02.txt", "more/a.txt"))
+    before = {path: path.read_text() for path in (changed, removed)}
+    dependent = {"tokenize_char", "tokenize_gpt2", "train"}
+    write_text(changed, "the king and queen")
+    assert jobs(snakemake(tmp_path, "-n", *made)) == dependent
+    write_text(changed, before[changed])
+    write_text(added, "of night")
+    assert jobs(snakemake(tmp_path, "-n", *made)) == dependent
+    added.unlink()
+    removed.unlink()
+    assert jobs(snakemake(tmp_path, "-n", *made)) == dependent
+    write_text(removed, before[removed])
+    (tmp_path / "my/.swap").touch()
+    assert "Nothing to be done" in snakemake(tmp_path, *made)
+    changed.write_bytes(b"caf\xe9")
+    assert "my/01.txt is not UTF-8 text: byte 3 is 0xe9" in snakemake(tmp_path, *made, status=1)
 
 
 def test_all_machines_of_the_write_up_are_planned_on_a_cluster(tmp_path: Path):
