@@ -116,11 +116,10 @@ def _is_text(path: Path) -> bool:
 def _documents(path: Path) -> Iterator[str]:
     """The documents of a file that are not empty."""
     if not _is_table(path):
-        yield from filter(None, [read_text(path)])
-    elif path.name.lower().endswith(".parquet"):
-        yield from filter(None, rows(open_table(path), path))
+        texts = iter([read_text(path)])
     else:
-        yield from filter(None, _lines(path))
+        texts = rows(open_table(path), path) if path.suffix.lower() == ".parquet" else _lines(path)
+    return filter(None, texts)
 
 
 class _Line(BaseModel):
@@ -131,22 +130,18 @@ def _lines(path: Path) -> Iterator[str]:
     """The texts of JSON lines in order. Raises PicogptError, with the number of the line, when one is none."""
     start = 0
     try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    decode(line, path, start)
-                    yield _text_of(line.removeprefix(codecs.BOM_UTF8), f"{path}, line {number}")
+                try:
+                    if line.strip():
+                        yield _Line.model_validate_json(line.removeprefix(codecs.BOM_UTF8)).text
+                except ValidationError as error:
+                    decode(line, path, start)  # says more where that is the reason
+                    wanted = f'a line must be an object with a text, as {{"{COLUMN}": "..."}}'
+                    raise PicogptError(f"{path}, line {number}: {first_mistake(error)}; {wanted}") from error
                 start += len(line)
     except (OSError, EOFError, zlib.error) as error:
         raise PicogptError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _text_of(line: bytes, where: str) -> str:
-    try:
-        return _Line.model_validate_json(line).text
-    except ValidationError as error:
-        wanted = f'a line must be an object with a text, as {{"{COLUMN}": "..."}}'
-        raise PicogptError(f"{where}: {first_mistake(error)}; {wanted}") from error
 
 
 def open_table(path: Path) -> pq.ParquetFile:

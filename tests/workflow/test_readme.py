@@ -173,7 +173,7 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
     (tree / "books").mkdir()
     for number, line in enumerate(text_of_words(1600).splitlines()):
         (tree / f"books/{number}.txt").write_text(line)
-    (tree / "pages.jsonl").write_text('{"text": "the king and queen of night"}\n' * 200)
+    (tree / "pages.jsonl").write_text('{"text": "the king and queen of night"}\n' * 600)
     shutil.copytree(gpt2_resources, tree / "resources")
 
     (tree / ".venv").mkdir()
