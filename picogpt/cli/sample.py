@@ -133,14 +133,27 @@ def evaluate(
 @click.command()
 @click.argument("kind", type=click.Choice(["gpt2"]))
 @click.option("--ckpt", type=PATH, help="A best.pt. [default: of the newest run]")
-@click.option("--out", type=PATH, required=True, help="Folder to write; it must not exist yet.")
-def export(kind: str, ckpt: Path | None, out: Path) -> None:
-    """Write a trained GPT-2 as a Hugging Face folder: safetensors, config, tokenizer.
+@click.option("--out", type=PATH, required=True, help="Folder to write; one that has this model already is kept.")
+@click.option("--push", "name", metavar="USER/NAME", help="Also publish it on the Hugging Face hub, in one commit.")
+@click.option("--private", is_flag=True, help="With --push: for you alone.")
+def export(kind: str, ckpt: Path | None, out: Path, name: str | None, private: bool) -> None:
+    """Write a trained GPT-2 as a Hugging Face folder: safetensors, config, tokenizer, model card.
 
     \b
       picogpt export gpt2 --out my-gpt2
       python -c "from transformers import pipeline; print(pipeline('text-generation', 'my-gpt2')('ROMEO:'))"
+
+    With --push USER/NAME it goes to the hub too, or to the one that HF_ENDPOINT names, with the login of `hf auth login` or
+    HF_TOKEN. The card, README.md in the folder, can be edited before that: what you wrote is kept.
     """
+    if private and name is None:
+        raise UsageError("--private is for --push")
+    from picogpt import publish
+
+    if name is not None:
+        publish.check(name)
+    from picogpt.card import model_card
+    from picogpt.checkpoint import load_weights
     from picogpt.data.bpe import GPT2Tokenizer
     from picogpt.export import export_folder
     from picogpt.models.gpt2 import GPT2
@@ -148,5 +161,8 @@ def export(kind: str, ckpt: Path | None, out: Path) -> None:
     model, tokenizer, source = load_model(kind, ckpt, None)
     if not isinstance(model, GPT2) or not isinstance(tokenizer, GPT2Tokenizer):
         raise PicogptError(f"{source} is no GPT-2")
-    export_folder(model, tokenizer, out)
+    card = functools.partial(model_card, load_weights(source), model.parameter_count())
+    export_folder(model, tokenizer, out, card, name)
     click.echo(f"{out}: {source} for transformers")
+    if name is not None:
+        click.echo(f"{publish.push(out, name, private)}: {out} on the hub")

@@ -181,7 +181,7 @@ def _download(file: Asset | Archive) -> bytes:
     except Unreachable as error:  # the package index
         reasons.append(str(error))
     advice = f"Give a folder or URL that has {file.file} in {MIRROR_VARIABLE}, or run again where a source answers."
-    raise Unreachable(_without_passwords("\n  ".join([f"cannot get {file.file}:", *reasons, advice])))
+    raise Unreachable(without_passwords("\n  ".join([f"cannot get {file.file}:", *reasons, advice])))
 
 
 def _sources(file: Asset | Archive) -> Iterator[str]:
@@ -244,11 +244,11 @@ def _receive(address: str, file: File) -> bytes:
 def _verified(content: bytes, file: File, source: str) -> bytes:
     if (actual := hashlib.sha256(content).hexdigest()) != file.sha256:
         difference = f"sha256 {actual}, expected {file.sha256}. Nothing was kept."
-        raise PicogptError(f"{_without_passwords(source)} serves another file than {file.file}: {difference}")
+        raise PicogptError(f"{without_passwords(source)} serves another file than {file.file}: {difference}")
     return content
 
 
-def _without_passwords(text: str) -> str:
+def without_passwords(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
@@ -296,7 +296,7 @@ def obtain(
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     names: Any = {"repo_id": repository, "filename": file, "repo_type": repo_type, "revision": revision}
-    where, hub = f"{repository}/{file} at {revision[:12]}", _without_passwords(endpoint())
+    where, hub = f"{repository}/{file} at {revision[:12]}", without_passwords(endpoint())
     cached = try_to_load_from_cache(**names)
     if not isinstance(cached, str) and (cached_only or not _hub_answers()):  # the client would ask for 23 s
         remedy = f", and the hub ({hub}) cannot be reached: run {command} where it can, or set HF_ENDPOINT"

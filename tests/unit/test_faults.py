@@ -269,7 +269,7 @@ def test_an_exported_model_has_the_permissions_of_the_umask(tmp_path: Path, gpt2
     model = models.build(GPT2Config(kind="gpt2", n_layer=1, n_head=1, n_embd=4, block_size=8), gpt2.vocab_size, 1)
     before = os.umask(0o027)
     try:
-        export_folder(model, gpt2, tmp_path / "out")
+        export_folder(model, gpt2, tmp_path / "out", str)
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}

@@ -293,7 +293,7 @@ def test_files_with_transformers_own_prefix_are_read(read):
 def test_an_export_is_loaded_by_transformers_and_gives_the_same(gpt2: GPT2Tokenizer, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     model = small()
-    export_folder(model, gpt2, tmp_path / "out")
+    export_folder(model, gpt2, tmp_path / "out", str)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "Don't stop — naïve 東京 1234\n\n  x"
@@ -307,8 +307,11 @@ def test_an_export_is_loaded_by_transformers_and_gives_the_same(gpt2: GPT2Tokeni
     # And back: our own reader takes it.
     assert torch.equal(load_safetensors(tmp_path / "out/model.safetensors", CONFIG, 50257).wte.weight, model.wte.weight)
     assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
-    with pytest.raises(PicogptError, match="exists already"):
-        export_folder(model, gpt2, tmp_path / "out")
+    export_folder(model, gpt2, tmp_path / "out", str)
+    with torch.no_grad():
+        model.wte.weight[0, 0] += 1
+    with pytest.raises(PicogptError, match=r"out exists already and has another model\.safetensors: remove it"):
+        export_folder(model, gpt2, tmp_path / "out", str)
 
 
 FULL_DISK = """

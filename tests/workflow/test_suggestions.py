@@ -92,6 +92,7 @@ MISTAKES = [
     Mistake("machines.py", "torchrun --nnodes={} --nproc_per_node={} --node_rank=0 --master_addr=HOST --master_port=29500 -m picogpt", f"{ON_RANKS} nodes.yaml", GPT2),
     Mistake("plan.py", "snakemake --config corpus=my.txt", "snakemake -n --config corpus=tinyshakespeare.txt", ("cp my.txt tinyshakespeare.txt",)),
     Mistake("plan.py", "snakemake --workflow-profile slurm", "snakemake results/records/ladder/nodes/baseline.json --config 'ladder={hardware: [nodes.yaml]}'"),
+    Mistake("publish.py", "hf auth login", "HF_TOKEN= HF_HOME=nowhere picogpt export gpt2 --out 'a b' --push me/mine"),
     Mistake("records.py", "make report", "picogpt report summary old.json --out summary.csv", ("echo '{\"schema_version\": 0}' > old.json",)),
     Mistake("reference.py", "make report", "picogpt reference", CHECKOUT),
     Mistake("reference.py", "make report", "picogpt reference", (*CHECKOUT, *CHAR, "picogpt train char-bigram --name pipeline")),
