@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,11 +33,13 @@ def tracking(
     run_id, had = noted[1] if resumed else uuid.uuid4().hex, [(row["step"], *row) for row in cut or () if resumed]
     try:
         run: Any = _start(kind, folder, run_id, settings, resumed)
-    except ImportError as error:
-        raise UsageError(f"{setting} needs a package that cannot be used ({error}): pip install {kind}") from error
     except Exception as error:
-        why = f"{' '.join(str(error).split()) or innermost(error)}; --set runtime.tracker=none trains without it"
-        raise PicogptError(f"{setting} does not start: {why}") from error
+        if cut is None:  # nothing has begun that could be continued
+            shutil.rmtree(note.parent, ignore_errors=True)
+        if isinstance(error, ImportError):
+            raise UsageError(f"{setting} needs a package that cannot be used ({error}): pip install {kind}") from error
+        why = (" ".join(str(error).split()) or innermost(error)).rstrip(".")
+        raise PicogptError(f"{setting} does not start: {why}; --set runtime.tracker=none trains without it") from error
     write_text(note, f"{kind} {run_id}\n")
 
     def attempt(action: str, *arguments: object) -> None:

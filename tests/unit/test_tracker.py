@@ -1,13 +1,15 @@
 """Trackers: the real packages where they are installed, and a package that fails where none may be needed."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL_RUNTIME, small_experiment
+from conftest import ROOT, SMALL_RUNTIME, small_experiment
 
 from picogpt import records
 from picogpt.config import Experiment, RuntimeConfig
@@ -106,7 +108,7 @@ def test_a_missing_package_is_one_message_before_the_first_step(tmp_path: Path, 
     monkeypatch.setitem(sys.modules, tracker, None)  # Python's own way to say that it is not there
     with pytest.raises(UsageError, match=rf"runtime\.tracker={tracker} needs .*: pip install {tracker}$"):
         train(tmp_path, tokens, tracker)
-    assert not (tmp_path / "checkpoints/metrics.jsonl").read_text()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.fixture
@@ -159,4 +161,33 @@ def test_a_tracker_that_cannot_start_is_one_error_before_the_first_step(tmp_path
     stub("pass", start="raise PermissionError('no API key')")
     with pytest.raises(PicogptError, match=r"does not start: no API key; --set runtime\.tracker=none"):
         train(tmp_path / "run", tokens, "trackio")
-    assert not (tmp_path / "run/checkpoints/metrics.jsonl").read_text()
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_tracker_that_cannot_start_again_leaves_the_checkpoint(tmp_path: Path, tokens, stub):
+    stub("pass", start="if settings['resume'] == 'allow': raise PermissionError('no API key')")
+    with pytest.raises(PicogptError, match="does not start: no API key"):
+        train_with_a_crash(tmp_path / "run", tokens, "trackio")
+    train(tmp_path / "run", tokens, "none")
+    assert json.loads((tmp_path / "run/record.json").read_text())["results"]["sessions"] == 2
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_without_a_login_a_training_is_one_line_and_leaves_no_run(tmp_path: Path, tokens_folder: Path, stub, tracker):
+    """The real Weights & Biases where it is installed, and a package that fails as it does."""
+    if tracker == "wandb":
+        pytest.importorskip("wandb", reason=INSTALL.format("wandb"))
+    stub("pass", start="raise PermissionError('No API key configured.')")
+    line = f"-m picogpt train char-bigram --name x --steps 2 --device cpu --data {tokens_folder} --set"
+    settings = f"runtime.tracker={tracker}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}:{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, *line.split(), settings, "--set", "model.block_size=16"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    (message,) = ended.stderr.splitlines()
+    assert message.startswith(f"picogpt: {settings} does not start: No API key configured")
+    assert message.endswith("; --set runtime.tracker=none trains without it")
+    assert [path.name for path in (tmp_path / "weights/char_bigram/x").iterdir()] == [".lock"]
