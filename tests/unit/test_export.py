@@ -1,19 +1,23 @@
 """The exported folder: its card, its defaults, and the way to a hub of this test, through the client that users have."""
 
 import json
+import math
+import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hub as hub_server
 import pytest
 import torch
 import yaml
-from conftest import SMALL_RUNTIME, gpt2_config, text_of_words
+from conftest import ROOT, SMALL_RUNTIME, Outcome, gpt2_config, text_of_words
 from hub import Hub, Repository, header_of
 
+from picogpt import models
 from picogpt.card import UNKNOWN, model_card
 from picogpt.checkpoint import load_weights, save_weights
 from picogpt.cli import cli
@@ -289,3 +293,62 @@ def test_a_card_that_was_edited_is_kept_and_another_is_written_for_the_hub(hub: 
     readme.write_text(readme.read_text() + "Mine.\n")
     assert picogpt(*EXPORT, "me/other").status == 0
     assert published(hub, "me/other")["README.md"].endswith(b"Mine.\n")
+
+
+def of_the_page(start: str) -> str:
+    """The block of docs/export.md that begins with this."""
+    found = re.search(rf"```\w*\n({re.escape(start)}.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    assert found
+    return found[1]
+
+
+def gguf(folder: Path, picogpt: Callable[..., Outcome]) -> Path:
+    """The export, converted by the line of docs/export.md."""
+    if not (llama := os.environ.get("LLAMA_CPP")):
+        pytest.skip("LLAMA_CPP=FOLDER, with llama.cpp's convert_hf_to_gguf.py in it, to run this test")
+    assert picogpt("export", "gpt2", "--out", "my-gpt2").status == 0
+    (folder / "llama.cpp").symlink_to(llama)
+    name, *words = of_the_page("python llama.cpp/").split()
+    run = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    assert (name, run.returncode) == ("python", 0), run.stderr
+    return folder / "my-gpt2.gguf"
+
+
+def test_llama_cpps_converter_takes_the_folder(working: Path, picogpt):
+    path = gguf(working, picogpt)
+    read = "import sys; sys.path.insert(0, 'llama.cpp/gguf-py'); import gguf; r = gguf.GGUFReader(sys.argv[1]); "
+    read += (
+        "print(len(r.fields['tokenizer.ggml.tokens'].data), r.fields['tokenizer.ggml.pre'].contents(), len(r.tensors))"
+    )
+    run = subprocess.run([sys.executable, "-c", read, path], cwd=working, capture_output=True, text=True)
+    assert run.stdout == "50257 gpt-2 16\n", run.stderr
+
+
+def test_llama_cpp_continues_a_text_as_picogpt_does(working: Path, picogpt):
+    path = gguf(working, picogpt)
+    pytest.importorskip("cyllama", reason=INSTALL.format("cyllama"))
+    prompt, code = "the king and queen", "import sys, cyllama; print(cyllama.complete(*sys.argv[1:3], temperature=0.0, "
+    code += "max_tokens=8, repeat_penalty=1.0, n_gpu_layers=0))"
+    run = subprocess.run([sys.executable, "-c", code, prompt, path], capture_output=True, text=True)
+    ours = picogpt("sample", "gpt2", "--prompt", prompt, "--temperature", 0, "-n", 8).out
+    assert (run.returncode, prompt + run.stdout) == (0, ours), run.stderr
+
+
+def test_lm_evaluation_harness_measures_what_picogpt_does(working: Path, gpt2: GPT2Tokenizer, picogpt):
+    pytest.importorskip("lm_eval", reason=INSTALL.format("lm-eval[hf]"))
+    assert picogpt("export", "gpt2", "--out", "my-gpt2").status == 0
+    text = "the king and queen of night shall"
+    (working / "my.txt").write_text(text)
+    (working / "tasks").mkdir()
+    (working / "tasks/my_text.yaml").write_text(of_the_page("task: my_text"))
+    command = [sys.executable, "-m", *of_the_page("lm_eval run").split(), "--output_path", "results.json"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(working / "cache")}
+    run = subprocess.run(command, cwd=working, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (result,) = working.glob("results*.json")
+    theirs = json.loads(result.read_text())["results"]["my_text"]["bits_per_byte,none"]
+    model, _ = models.load(working / "weights/gpt2/run/words/best.pt")
+    ids = torch.tensor([[50256, *gpt2.encode(text).tolist()]])
+    with torch.no_grad():
+        loss = model(ids[:, :-1], ids[:, 1:]).item() * (ids.size(1) - 1)
+    assert theirs == pytest.approx(loss / len(text) / math.log(2), rel=1e-4)
