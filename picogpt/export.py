@@ -40,7 +40,7 @@ def export_folder(
         for name, tensor in model.state_dict().items()
     }
     texts = {CARD: card(name or str(folder)), **_texts(model.config, model.wte.num_embeddings, tokenizer)}
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         temporary.mkdir(parents=True)
         save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})

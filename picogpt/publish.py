@@ -55,7 +55,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         if not private or before.private:
             # Not upload_folder, which may make several commits.
             api.create_commit(
-                name, [CommitOperationAdd(path.name, path) for path in files], commit_message="picogpt export"
+                name, [CommitOperationAdd(path.name, path) for path in files], commit_message="Export of picogpt"
             )
             return str(url)
     except Exception as error:  # of the client, its transport or the store: they have no class in common

@@ -13,7 +13,6 @@ from pathlib import Path
 import hub as hub_server
 import pytest
 import torch
-import yaml
 from conftest import ROOT, SMALL_RUNTIME, Outcome, gpt2_config, text_of_words
 from hub import Hub, Repository, header_of
 
@@ -21,7 +20,7 @@ from picogpt import models
 from picogpt.card import UNKNOWN, model_card
 from picogpt.checkpoint import load_weights, save_weights
 from picogpt.cli import cli
-from picogpt.config import Experiment, parse
+from picogpt.config import Experiment
 from picogpt.data import fetch, fineweb
 from picogpt.data.bpe import GPT2Tokenizer
 from picogpt.data.corpus import tokenize_gpt2
@@ -86,11 +85,15 @@ def test_the_card_says_what_the_record_says(working: Path, picogpt):
     assert "its licence is not known" in rows["text"]
 
 
-def test_the_settings_of_the_card_train_the_same_again(trained: Path):
-    settings = yaml.safe_load(card(trained).partition("```yaml\n")[2].partition("```")[0])
-    weights = load_weights(trained / "weights/gpt2/run/words/best.pt")
-    again = parse(Experiment, settings, "the card")
-    assert again.fingerprint(weights.vocab_size, "") == weights.experiment.fingerprint(weights.vocab_size, "")
+def test_the_settings_of_the_card_train_the_same_again(working: Path, picogpt):
+    settings = card(working).partition("```yaml\n")[2].partition("```")[0]
+    (working / "settings.yaml").write_text(settings)
+    trained = picogpt("train", "gpt2", "--config", "settings.yaml", "--device", "cpu", "--name", "again")
+    assert trained.status == 0, trained.err
+    (again,) = working.glob("weights/gpt2/again/*/record.json")
+    first, second = (json.loads(path.read_text()) for path in (working / "weights/gpt2/run/words/record.json", again))
+    assert second["fingerprint"] == first["fingerprint"]
+    assert second["results"]["best_val_loss"] == pytest.approx(first["results"]["best_val_loss"])
 
 
 def test_a_name_changes_neither_header_nor_markdown(trained: Path):
@@ -164,6 +167,16 @@ def test_the_lines_of_the_card_run(working: Path, picogpt):
     assert (run.returncode, run.stdout.startswith("The")) == (0, True), run.stderr
     shutil.copy(working / "weights/gpt2/run/words/best.pt", working)
     assert picogpt("sample", "gpt2", "--ckpt", "best.pt", "--prompt", "The", "-n", 3).out.startswith("The")
+
+
+@pytest.mark.parametrize("out", [".", "words.txt", "resources"])
+def test_what_is_there_already_is_not_touched(working: Path, picogpt, out: str):
+    before = sorted(working.iterdir())
+    run = picogpt("export", "gpt2", "--out", out)
+    assert (run.status, f"{out} exists already and has no model.safetensors: remove it" in run.err) == (1, True), (
+        run.err
+    )
+    assert sorted(working.iterdir()) == before
 
 
 def test_transformers_samples_as_picogpt_does_by_default(working: Path, picogpt):

@@ -25,7 +25,7 @@ from picogpt.cli import cli
 NAMED = re.compile(
     rf"\b(?:picogpt (?:{'|'.join(cli.commands)})\b|torchrun --|snakemake --|git checkout \S|hf auth|iconv -f|make (?:report|reference)\b)"
 )
-END = re.compile(r"[,;:)]|\.\.\.|(?<!\{)\}| (?:or|makes|brings|prints|joins|where|does)\b|$")
+END = re.compile(r"[,;:)`\n]|\.\.\.|(?<!\{)\}| (?:or|makes|brings|prints|joins|where|does)\b|$")
 """What ends a command: the sentence goes on, or is over."""
 VALUE = r"((?:'[^']*'|[^\s,;:)])+)"
 
@@ -102,6 +102,8 @@ MISTAKES = [
     Mistake("runs.py", "picogpt train {}", "picogpt runs diff a b", CHAR),
 ]  # fmt: skip
 ELSEWHERE = {
+    Suggestion("card.py", "picogpt sample gpt2 --ckpt best.pt --prompt The"): "a line of a model card: test_export.py runs it",
+    Suggestion("card.py", "picogpt train gpt2 --config settings.yaml"): "and this one",
     Suggestion("plan.py", "torchrun --nproc_per_node={} --max-restarts=1 --shutdown-timeout=100"): "what a job runs, not a message",
     Suggestion("train/distributed.py", "torchrun --max-restarts=N"): "test_distributed.py loses ranks, and restarts them so",
 }  # fmt: skip
