@@ -127,7 +127,7 @@ def handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             if self.path == "/api/repos/create":
                 return self.create(json.loads(body))
             found = re.fullmatch(
-                r"(?:/api/models)?/([^/]+/[^/.]+)(?:\.git)?/?(preupload|commit|info|revision|)(?:/.*)?", self.path
+                r"(?:/api/models)?/([^/]+/[^/.]+)(?:\.git)?(?:/(preupload|commit|info|revision)/.*)?", self.path
             )
             name, action = found.groups() if found else ("", "")
             repository = hub.repositories.get(name)
