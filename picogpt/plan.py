@@ -34,6 +34,7 @@ class ModelPart(Settings, extra="ignore"):
 class GPT2Part(ModelPart):
     pretrained: bool = True
     throughput_streams: Literal["auto"] | list[int] = "auto"
+    hellaswag: Literal["auto"] | bool = "auto"
 
 
 class LadderPart(Settings, extra="ignore"):
@@ -103,6 +104,7 @@ class Plan(Settings):
     detected: list[str] = Field(description="keys with the value `auto`, resolved by looking at this machine")
     fast_dtype: str = Field(description="dtype of the benchmarks of many streams")
     streams: list[int] = Field(description="how many streams are sampled at once in each of them")
+    hellaswag: bool = Field(description="whether HellaSwag is measured")
     resources: dict[str, Any] = Field(description="resources of a job on a single device")
     models: dict[str, TrainingPlan]
     gpt2: Job = Field(description="the training of GPT-2, on all devices")
@@ -110,7 +112,7 @@ class Plan(Settings):
     machines: dict[str, MachinePlan]
     measured_rungs: list[str] = Field(description="rungs of ladders that are measured here: ladder/MACHINE/RUNG")
     long_trainings: list[str] = Field(description="machines that are measured here and have a long training")
-    from_hub: list[str] = Field(description="files that a fetch rule asks the hub for")
+    from_hub: list[str] = Field(description="files without which the rest is made too: those of the hub, and HellaSwag")
     hub_attempt: int = Field(description="number of the last attempt to ask the hub, plus one if it is asked again")
 
 
@@ -141,7 +143,9 @@ def make(tree: dict[str, Any], source: str) -> Plan:
     known = {name: _machine(asked, name, measured.get(name, name)) for name in sorted({*machines.names(), *measured})}
     long_trainings = [name for name in measured if known[name].training]
     fineweb = Path("weights/gpt2_tokenizer") / asked.run / "fineweb-edu/manifest.json"
+    hellaswag = gpus > 0 if asked.gpt2.hellaswag == "auto" else asked.gpt2.hellaswag
     wanted = {"pretrained": asked.gpt2.pretrained, "fineweb-edu/0": bool(long_trainings) and not fineweb.exists()}
+    wanted["hellaswag"] = hellaswag
     from_hub = [name for name, needed in wanted.items() if needed]
     resolvable = {"gpus": asked.gpus, "ladder: hardware": asked.ladder.hardware}
     return Plan(
@@ -151,6 +155,7 @@ def make(tree: dict[str, Any], source: str) -> Plan:
         detected=[key for key, value in resolvable.items() if value == "auto"],
         fast_dtype=_fast_dtype(gpus, here),
         streams=_streams(asked, gpus),
+        hellaswag=hellaswag,
         resources=_job(asked, "default", gpus > 0).resources,
         models=models,
         gpt2=gpt2,

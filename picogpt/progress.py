@@ -96,3 +96,9 @@ class Training(_Noted):
         """Show that `step` steps are done. `loss` in nats per token, `val_loss` the latest one."""
         note = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         self.show(step, note if val_loss is None else f"{note}  val {val_loss:.4f}")
+
+
+class Scoring(Encoding):
+    """Items of an evaluation that are scored, with tokens/s."""
+
+    unit = "items"

@@ -42,13 +42,13 @@ class Key(NamedTuple):
     """What a record measures. Fields that do not apply are None."""
 
     task: str
-    """train, ladder, evaluate, sampling, streams (sampling of many streams at once), weights or data."""
+    """train, ladder, evaluate, hellaswag, sampling, streams (sampling of many streams at once), weights or data."""
     model: str | None = None
     machine: str | None = None
     """Name in config/hardware/ of a distributed training or a training ladder."""
     rung: str | None = None
     dtype: str | None = None
-    """float32, bfloat16 or int8: the data type of the weights, of evaluate and sampling."""
+    """float32, bfloat16 or int8: the data type of the weights, of evaluate, hellaswag and sampling."""
     streams: str | None = None
     """How many are sampled at once, of streams; None in older records."""
 
@@ -143,9 +143,9 @@ def not_measured(key: Key, why: str, device: hardware.Device) -> dict[str, Any]:
     return {**provenance(device), **key._asdict(), **nothing}
 
 
-def unreachable(key: Key, reason: str) -> dict[str, Any]:
-    """The record of what could not be measured because the hub did not answer."""
-    return not_measured(key, HUB_UNREACHABLE, hardware.select("cpu")) | {"reason": reason}
+def unreachable(key: Key, reason: str, why: str = HUB_UNREACHABLE) -> dict[str, Any]:
+    """The record of what could not be measured because a file could not be had; `reason` is the whole message."""
+    return not_measured(key, why, hardware.select("cpu")) | {"reason": reason}
 
 
 def write(path: str | Path, record: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ def read(path: str | Path) -> dict[str, Any]:
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line. Raises PicogptError naming the first line that is not a JSON object."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import random
 import shutil
@@ -75,6 +76,17 @@ def text_of_words(count: int) -> str:
     ]
     lines = [" ".join(draw.choices(words, k=8)) for _ in range(count // 8)]
     return "\n".join(lines) + "\n"
+
+
+def hellaswag_items(count: int) -> str:
+    """`count` lines as in HellaSwag's file, of those words: the same each time."""
+    draw, words = random.Random(3), text_of_words(400).split()
+
+    def some(most: int) -> str:
+        return " ".join(draw.choices(words, k=draw.randint(1, most)))
+
+    items = ({"ind": n, "ctx": some(25), "endings": [some(6) for _ in range(4)], "label": n % 4} for n in range(count))
+    return "".join(json.dumps(item) + "\n" for item in items)
 
 
 @pytest.fixture(scope="session")

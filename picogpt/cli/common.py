@@ -76,7 +76,7 @@ record_option = click.option("--out", type=PATH, help="File for a record of the 
 optional_option = click.option(
     "--optional",
     is_flag=True,
-    help="Do not download OpenAI's weights: if they are not in the cache, or this device cannot measure it, record that.",
+    help="Download nothing: if OpenAI's weights or the data are not here, or the device cannot measure it, record that.",
 )
 compile_option = click.option(
     "--compile/--no-compile", "compiled", default=False, help="On a GPU, compile the step: for long samples."
@@ -169,18 +169,27 @@ def load_model(
     return weights.model(untrained), weights.tokenizer(tokenizer_dir), str(weights.path)
 
 
-def load_or_record(key: Key, out: Path | None, optional: bool, ckpt: Path | None, tokenizer_dir: Path | None) -> Loaded:
-    """`load_model` for the measurement `key`. With `optional` and without OpenAI's weights, end well and record that."""
+@contextmanager
+def or_record(key: Key, out: Path | None, optional: bool, why: str) -> Iterator[None]:
+    """With `optional`, where a file for the measurement `key` cannot be had, record `why` nothing was measured and end well."""
     try:
-        return load_model(str(key.model), ckpt, tokenizer_dir, cached_only=optional)
+        yield
     except Unreachable as error:
         if out is None or not optional:
             raise
         from picogpt import records
 
-        records.write(out, records.unreachable(key, str(error)))
-        click.echo(f"{key}: not measured here: {records.HUB_UNREACHABLE}", err=True)
+        records.write(out, records.unreachable(key, str(error), why))
+        click.echo(f"{key}: not measured here: {why}", err=True)
         raise click.exceptions.Exit(0) from error
+
+
+def load_or_record(key: Key, out: Path | None, optional: bool, ckpt: Path | None, tokenizer_dir: Path | None) -> Loaded:
+    """`load_model` for the measurement `key`. With `optional` and without OpenAI's weights, end well and record that."""
+    from picogpt import records
+
+    with or_record(key, out, optional, records.HUB_UNREACHABLE):
+        return load_model(str(key.model), ckpt, tokenizer_dir, cached_only=optional)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: range) -> str:

@@ -32,7 +32,7 @@ shard_option = click.option(
 @click.option("--first", is_flag=True, help="Fetch only the first of the names that is available.")
 @click.option("--folder", type=PATH, default=RESOURCES, help="Folder for the downloaded files.")
 @click.option("--out", type=PATH, help="Also copy the file to this path (with one name, or --first).")
-@click.option("--status", type=PATH, help="JSON file for what the hub gave; a missing file is no error.")
+@click.option("--status", type=PATH, help="JSON file for what could be had; a missing file is no error.")
 @click.option("--attempt", type=click.IntRange(1), default=1, help="Number of this attempt, for the file of --status.")
 @shard_option
 def fetch(
@@ -66,8 +66,6 @@ def fetch(
     files = [part for name in names for part in (chosen if name == FINEWEB else [name])]
     from_hub = [name for name in files if _from_hub(name)]
     if status:
-        if other := [name for name in files if name not in from_hub]:
-            raise UsageError(f"--status is for files of the hub, and {other[0]} is none")
         answers = {name: _ask(name, folder, status) for name in files}
         asked = HubStatus(attempt=attempt, endpoint=endpoint(), files=answers)
         return write_text(status, asked.model_dump_json(indent=2) + "\n")
@@ -116,7 +114,7 @@ def _fetch(name: str, folder: Path) -> Path:
 
 
 def _ask(name: str, folder: Path, status: Path) -> Answer:
-    """Fetch a file of the hub; that it is not available is an answer, not an error."""
+    """Fetch a file; that it is not available is an answer, not an error."""
     from picogpt.data.fetch import Answer
 
     try:

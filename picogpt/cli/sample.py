@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from picogpt.cli import common
 from picogpt.cli.common import PATH, PRETRAINED, load_model
 from picogpt.errors import PicogptError, UsageError
+from picogpt.registry import MODELS
 
 
 @click.command()
@@ -95,6 +97,10 @@ def sample(
 
 @click.command()
 @common.model_options
+@click.option(
+    "--task", type=click.Choice(["loss", "hellaswag"]), default="loss", help="What to measure; hellaswag is for GPT-2."
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first N items of hellaswag. [default: all 10,042]")
 @common.data_option
 @click.option("--prompt", "prompts", multiple=True, help="Also continue this prompt; repeatable.")
 @click.option("-n", "--num-tokens", type=common.TOKENS, default=100, help="Tokens of each continuation.")
@@ -102,18 +108,39 @@ def sample(
 @common.record_option
 @common.optional_option
 def evaluate(
-    kind: str, ckpt: Path | None, tokenizer_dir: Path | None, data: Path | None, out: Path | None, **measured: Any
+    kind: str,
+    ckpt: Path | None,
+    tokenizer_dir: Path | None,
+    task: str,
+    limit: int | None,
+    data: Path | None,
+    out: Path | None,
+    **measured: Any,
 ) -> None:
     """Measure the loss of a model on the whole validation text, with the weights in the dtype of sampling.
+
+    With --task hellaswag: how often it finds the right one of four endings of a text, by the sum of the log-probabilities
+    of their tokens (acc), and by the mean (acc_norm). The 10,042 items are downloaded at first use.
 
     \b
       picogpt evaluate gpt2
       picogpt evaluate gpt2 --dtype int8                   the cost of 8-bit weights
       picogpt evaluate gpt2-pretrained
+      picogpt evaluate gpt2 --task hellaswag --limit 200   on a CPU all items take an hour
     """
     from picogpt import records
     from picogpt.data.corpus import open_data
 
+    given = click.get_current_context().get_parameter_source
+    others = (
+        {"limit": "--limit"}
+        if task == "loss"
+        else {"data": "--data", "prompts": "--prompt", "num_tokens": "-n", "seed": "--seed"}
+    )
+    if unused := [option for name, option in others.items() if given(name) == ParameterSource.COMMANDLINE]:
+        raise UsageError(f"--task {task} has no use for {' and '.join(unused)}: leave that out")
+    if task == "hellaswag":
+        return _hellaswag(kind, ckpt, tokenizer_dir, limit, out, measured)
     key = records.Key("evaluate", kind, dtype=measured["dtype"])
     token_data = open_data(data or common.token_folder("gpt2" if kind in PRETRAINED else kind))
     optional = measured.pop("optional")
@@ -128,6 +155,39 @@ def evaluate(
     click.echo(f"{source}, {key.dtype}: validation loss {losses}")
     for prompt, text in zip(record["config"]["prompts"], record["results"]["texts"], strict=True):
         click.echo(f"---\n{prompt}{text}")
+
+
+def _hellaswag(
+    kind: str,
+    ckpt: Path | None,
+    tokenizer_dir: Path | None,
+    limit: int | None,
+    out: Path | None,
+    options: dict[str, Any],
+) -> None:
+    from picogpt import records
+    from picogpt.data import fetch
+
+    if kind in MODELS and MODELS[kind].tokenizer == "char":
+        raise UsageError(
+            f"--task hellaswag is for GPT-2: {kind} reads only the characters of the text that it was trained on"
+        )
+    key = records.Key("hellaswag", kind, dtype=options["dtype"])
+    with common.or_record(key, out, options["optional"], f"{fetch.find(key.task).file} could not be fetched"):
+        path = fetch.fetch(key.task, common.RESOURCES, cached_only=options["optional"])
+    model, tokenizer, source = common.load_or_record(key, out, options["optional"], ckpt, tokenizer_dir)
+    from picogpt.bench import hellaswag
+    from picogpt.report.compare import published_for
+
+    measured = {name: options[name] for name in ("device", "dtype")}
+    record = hellaswag.accuracy(key, model, tokenizer, source, path, limit=limit, **measured)
+    if out:
+        records.write(out, record)
+    results, published = record["results"], published_for(records.Key("hellaswag", "gpt2-pretrained", dtype="float32"))
+    items = f"{'the first ' if limit else ''}{results['items']:,} items"
+    click.echo(f"{source}, {key.dtype}: HellaSwag, {items}, chance 0.25, published for OpenAI's GPT-2 124M on 10,042:")
+    for name, way in (("acc", "sum of log-probabilities"), ("acc_norm", "mean per token")):
+        click.echo(f"{name:9}{results[name]:.4f}  {way}; published {published[name]['published']:.4f}")
 
 
 @click.command()

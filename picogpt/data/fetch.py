@@ -53,7 +53,7 @@ class Archive(File):
 class Asset(File):
     """A registered asset, small enough to be held in memory."""
 
-    kind: Literal["corpus", "tokenizer"]
+    kind: Literal["corpus", "tokenizer", "task"]
     title: str
     licence: str
     addresses: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class Pretrained(Settings):
 
 
 class Answer(Settings):
-    """The result of asking the hub for one file: the `path` of a file that is here, else the `reason`."""
+    """The result of asking for one file: the `path` of a file that is here, else the `reason`."""
 
     state: Literal["here", "refused", "unreachable"]
     path: str | None = None
@@ -82,7 +82,7 @@ class Answer(Settings):
 
 
 class HubStatus(Settings):
-    """Which files the hub provided, as a fetch rule leaves it for the rest of a workflow."""
+    """Which files could be had, from the hub above all, as a fetch rule leaves it for the rest of a workflow."""
 
     attempt: int = Field(ge=1)
     endpoint: str
@@ -131,8 +131,8 @@ def require(path: Path, file: File, command: str) -> None:
         raise PicogptError(f"{path} {found}; {file.file} has sha256 {file.sha256}: {command} brings it")
 
 
-def fetch(name: str, folder: str | Path) -> Path:
-    """Download the asset `name` into `folder`; without any request if it is there already.
+def fetch(name: str, folder: str | Path, cached_only: bool = False) -> Path:
+    """Download the asset `name` into `folder`; without any request if it is there already, or with `cached_only`.
 
     Raises Unreachable when no source answers, PicogptError when one serves other bytes.
     """
@@ -142,6 +142,8 @@ def fetch(name: str, folder: str | Path) -> Path:
     target = Path(folder) / asset.file
     if is_whole(target, asset):
         return target
+    if cached_only:
+        raise Unreachable(f"{target} is not there, or is another file: picogpt fetch {name} brings it")
     with exclusive_lock(target.parent, f"fetching {name}", f".{target.name}.lock"):
         content = _download(asset.archive or asset)
         if archive := asset.archive:

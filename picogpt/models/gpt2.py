@@ -49,17 +49,21 @@ class GPT2(LanguageModel):
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
         """Logits (B, T, V) of idx (B, T); with targets (B, T) the mean cross-entropy in nats; see LanguageModel."""
-        positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.start(idx.size(1))
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
-        for block in self.h:
-            x = block(x, cache)
-        x = self.ln_f(x)
+        x = self.hidden(idx, cache)
         if targets is not None:
             return self.loss(x, targets)
         if cache is not None:
             cache.advance(idx)
             x = x[:, -1:]  # only the logits of the last position are needed
         return self.head(x)  # (B, T, V)
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """The final hidden states (B, T, C) of idx (B, T), which the output layer turns into logits."""
+        positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.start(idx.size(1))
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        for block in self.h:
+            x = block(x, cache)
+        return self.ln_f(x)
 
     def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy, in nats, of the logits of x (B, T, C) against targets (B, T); a float32 scalar."""

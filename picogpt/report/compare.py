@@ -143,7 +143,9 @@ def _answer(row: dict[str, Any], record: dict[str, Any] | None, reference: dict[
     needs = f"needs {machines.load(row['machine']).title}" if row["machine"] in machines.names() else None
     if record is None or measured is None:
         why = record and (record.get("not_measured") or (record.get("missing") or {}).get(row["key"]))
-        return _not_here(row, reference, needs, why or needs or "not in the records of this run")
+        command = f"picogpt evaluate {row['model']} --task hellaswag does that"
+        absent = command if row["task"] == "hellaswag" else "not in the records of this run"
+        return _not_here(row, reference, needs, why or needs or absent)
     answer = {"measured": measured, "device": record["device"]["name"], "note": row["note"]}
     if row["depends_on_text"] == "yes" and not on_published_text(record):
         note = f"measured on {text or 'an unknown text'}, published for {CORPUS}, split 90/10"
@@ -151,6 +153,8 @@ def _answer(row: dict[str, Any], record: dict[str, Any] | None, reference: dict[
     if row["device"] not in ("", answer["device"]):
         # A number of another device is never put beside the published one.
         return _not_here(row, reference, needs, f"published for {row['device']}; this machine is {answer['device']}")
+    if limit := at(record, "config.limit"):
+        return answer | {"status": "not comparable", "note": f"the first {limit:,} items alone"}
     if published is None or row["comparable"] == "no":
         return answer | {"status": "not comparable", "note": row["note"] or "nothing is published"}
     tolerance = row["tolerance"] or 0

@@ -89,7 +89,6 @@ def test_a_first_model_by_hand(picogpt, corpus: Path, tmp_path: Path):
         (["plan", "nowhere.yaml"], 1, "nowhere.yaml"),
         (["train", "gpt2", "--config", "gpt2_fine"], 2, "no settings called gpt2_fine"),
         (["report", "page", "--template", "t", "--summary", "s", "--set", "a", "--out", "o"], 2, "NAME=VALUE"),
-        (["fetch", "gpt2-ranks", "--status", "s.json"], 2, "--status is for files of the hub"),
     ],
 )
 def test_bad_input_is_one_message_and_a_status(picogpt, corpus, tmp_path, arguments: list, status: int, message: str):

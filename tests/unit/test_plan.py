@@ -62,11 +62,14 @@ def test_on_a_cluster_every_machine_asks_for_its_own(monkeypatch):
     assert "torchrun --nproc_per_node=8 " in sixteen.launch
     assert (cpu.resources["gpu"], cpu.training, two.training.file) == (0, None, ["--config=gpt2_fineweb"])
     assert made.long_trainings == ["h100x2", "h100x16"]
-    assert made.from_hub == ["pretrained", "fineweb-edu/0"]
+    assert (made.from_hub, made.hellaswag) == (["pretrained", "fineweb-edu/0", "hellaswag"], True)
     manifest = Path("weights/gpt2_tokenizer/pipeline/fineweb-edu/manifest.json")
     manifest.parent.mkdir(parents=True)
     manifest.touch()
     assert make(ladder={"hardware": ["h100x2"]}).from_hub == ["pretrained"]  # its text is here
+    for asked, gpus_asked, wanted in ((True, 0, True), (False, 4, False), ("auto", 0, False)):
+        made = make(gpus=gpus_asked, gpt2={"hellaswag": asked, "pretrained": False})
+        assert (made.hellaswag, made.from_hub) == (wanted, ["hellaswag"] if wanted else [])
 
 
 def test_a_rung_depends_on_those_before_it_and_not_on_the_title():

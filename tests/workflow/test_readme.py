@@ -24,7 +24,7 @@ import forked
 import hub
 import pytest
 import yaml
-from conftest import ROOT, copy_source, text_of_words
+from conftest import ROOT, copy_source, hellaswag_items, text_of_words
 from hub import hub_path, parquet, registered
 from pipeline import SMALL, WORKFLOW, needs_snakemake
 from safetensors.torch import save
@@ -166,9 +166,13 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
 
     text = string.ascii_letters + string.digits + string.punctuation + "\n" + text_of_words(3000)
     (tmp_path / "mirror").mkdir()
-    (tmp_path / "mirror/tinyshakespeare.txt").write_text(text)
-    asset = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    rewrite(tree / "config/assets.yaml", lambda all: {**all, "tinyshakespeare": {**all["tinyshakespeare"], **asset}})
+    for name, file, content in (
+        ("tinyshakespeare", "tinyshakespeare.txt", text),
+        ("hellaswag", "hellaswag_val.jsonl", hellaswag_items(4)),
+    ):
+        (tmp_path / "mirror" / file).write_text(content)
+        asset = {"size": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+        rewrite(tree / "config/assets.yaml", lambda all: {**all, name: {**all[name], **asset}})  # noqa: B023
     (tree / "my.txt").write_text(text_of_words(1600))
     (tree / "books").mkdir()
     for number, line in enumerate(text_of_words(1600).splitlines()):

@@ -80,6 +80,7 @@ MISTAKES = [
     Mistake("data/fetch.py", "hf auth login", "HF_ENDPOINT=$REFUSING picogpt fetch pretrained"),
     Mistake("data/fetch.py", "picogpt fetch {}", "HF_ENDPOINT=http://127.0.0.1:9 picogpt sample gpt2-pretrained"),
     Mistake("data/fetch.py", "picogpt fetch {}", "picogpt evaluate gpt2-pretrained --optional", GPT2),
+    Mistake("data/fetch.py", "picogpt fetch {}", "picogpt evaluate gpt2 --task hellaswag --optional"),
     Mistake("data/fineweb.py", "picogpt fetch {} --shard {}", "picogpt tokenize fineweb-edu --shard 1"),
     Mistake("data/fineweb.py", "picogpt fetch {} --shard {}", "picogpt tokenize fineweb-edu --shard 1 --parquet Makefile"),
     Mistake("data/tokenizers.py", "picogpt tokenize char", "picogpt sample char-bigram --tokenizer-dir 'a b'", (*BIGRAM, "mkdir 'a b'", "echo '{}' > 'a b/tokenizer.json'")),
@@ -99,6 +100,7 @@ MISTAKES = [
     Mistake("reference.py", "make report", EDITED, KEPT),
     Mistake("reference.py", "make reference", EDITED, KEPT),
     Mistake("reference.py", "git checkout {}", EDITED, KEPT),
+    Mistake("report/compare.py", "picogpt evaluate {} --task hellaswag", "cat summary.csv", (*GPT2, "picogpt train gpt2 --name a", "picogpt report summary weights/gpt2/a/tinyshakespeare/record.json --out summary.csv")),
     Mistake("runs.py", "picogpt train {}", "picogpt runs diff a b", CHAR),
 ]  # fmt: skip
 ELSEWHERE = {

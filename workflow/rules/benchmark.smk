@@ -6,9 +6,11 @@ localrules:
     bench_weights,
 
 
-# How the command line names each GPT-2. Where OpenAI's is not here, or the device has no use for the dtype, --optional writes
-# a record that says so.
+# The weights of each GPT-2, and how the command line names it. Where something is not here, or the device has no use for the
+# dtype, --optional writes a record that says so.
 GPT2_ARGUMENTS = {"gpt2": ["gpt2", f"--ckpt={GPT2}/best.pt"], "gpt2-pretrained": ["gpt2-pretrained"]}
+gpt2_weights = lambda wildcards: f"{GPT2}/best.pt" if wildcards.gpt2 == "gpt2" else hub_status(wildcards)
+gpt2_on_hub = lambda wildcards: "" if wildcards.gpt2 == "gpt2" else hub_answer("pretrained")
 
 
 rule evaluate:
@@ -17,7 +19,7 @@ rule evaluate:
     The difference between float32 and eight-bit weights is what quantization costs.
     """
     input:
-        weights=lambda wildcards: hub_status(wildcards) if wildcards.gpt2 != "gpt2" else f"{GPT2}/best.pt",
+        weights=gpt2_weights,
         tokens=rules.tokenize_gpt2.output,
         ranks="resources/gpt2.tiktoken",
     output:
@@ -31,21 +33,36 @@ rule evaluate:
         mem_mb=6000,
     params:
         model=lambda wildcards: GPT2_ARGUMENTS[wildcards.gpt2],
-        on_hub=lambda wildcards: hub_answer("pretrained") if wildcards.gpt2 != "gpt2" else "",
-        prompts=lambda wildcards: expand("--prompt={prompt}", prompt=config["gpt2"]["prompts"]),
-        prompt_tokens=config["gpt2"]["prompt_tokens"],
+        on_hub=gpt2_on_hub,
+        options=lambda wildcards: [
+            f"--dtype={wildcards.dtype}",
+            f"--data={GPT2_TOKENS}",
+            f"--num-tokens={config['gpt2']['prompt_tokens']}",
+            *expand("--prompt={prompt}", prompt=config["gpt2"]["prompts"]),
+        ],
     shell:
-        "picogpt evaluate {params.model:q} --optional"
-        f" --dtype {{wildcards.dtype}} --data {GPT2_TOKENS}"
-        " {params.prompts:q} -n {params.prompt_tokens}"
-        " --out {output:q}"
-        " > {log:q} 2>&1"
+        "picogpt evaluate {params.model:q} --optional {params.options:q} --out {output:q} > {log:q} 2>&1"
+
+
+use rule evaluate as hellaswag with:
+    # How often the right one of four endings of a text is found, in float32. The items are a file that may be missing.
+    input:
+        weights=gpt2_weights,
+        data=hub_status,
+        ranks="resources/gpt2.tiktoken",
+    output:
+        "results/records/hellaswag_{gpt2}.json",
+    log:
+        "logs/hellaswag_{gpt2}.log",
+    params:
+        on_hub=lambda wildcards: [gpt2_on_hub(wildcards), hub_answer("hellaswag")],
+        options=["--task=hellaswag"],
 
 
 rule bench_sampling:
     """Tokens per second of one stream; nothing else runs meanwhile, and the record lists every run."""
     input:
-        weights=lambda wildcards: hub_status(wildcards) if wildcards.gpt2 != "gpt2" else f"{GPT2}/best.pt",
+        weights=gpt2_weights,
         ranks="resources/gpt2.tiktoken",
     output:
         "results/records/sampling_{gpt2}_{dtype}.json",
@@ -57,7 +74,7 @@ rule bench_sampling:
         machine=100,
     params:
         model=lambda wildcards: GPT2_ARGUMENTS[wildcards.gpt2],
-        on_hub=lambda wildcards: hub_answer("pretrained") if wildcards.gpt2 != "gpt2" else "",
+        on_hub=gpt2_on_hub,
         dtype="{dtype}",
         tokens=config["gpt2"]["throughput_tokens"],
         runs=config["gpt2"]["throughput_runs"],

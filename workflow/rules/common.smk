@@ -67,7 +67,7 @@ MACHINE_RESOURCES = {key: lambda wildcards, key=key: machine(wildcards, "resourc
 
 
 def hub_status(wildcards):
-    """The file with the answers of the hub, as an input. Its age does not matter, only its content (see fetch_hub)."""
+    """The file with the answers of the hub and the like, as an input. Its age does not matter, only its content (see fetch_hub)."""
     return ancient(checkpoints.fetch_hub.get().output[0])
 
 

@@ -1,5 +1,5 @@
 # in:  the network; these are the only rules that use it, and they run where Snakemake runs
-# out: resources/: corpus.txt, gpt2.tiktoken; hub.json and fineweb-edu/SHARD.txt name files in the cache of the hub client
+# out: resources/: corpus.txt, gpt2.tiktoken, hellaswag_val.jsonl; hub.json and fineweb-edu/SHARD.txt name files in the cache of the hub client
 
 
 localrules:
@@ -18,12 +18,7 @@ rule fetch_corpus:
     params:
         names=config["corpus"],
     shell:
-        """
-        picogpt fetch --first {params.names:q} \
-            --folder resources \
-            --out {output:q} \
-            2>&1 | tee -i {log:q}
-        """
+        "picogpt fetch --first {params.names:q} --folder resources --out {output:q} 2>&1 | tee -i {log:q}"
 
 
 rule fetch_gpt2_ranks:
@@ -33,18 +28,15 @@ rule fetch_gpt2_ranks:
     log:
         "logs/fetch_gpt2_ranks.log",
     shell:
-        """
-        picogpt fetch gpt2-ranks \
-            --folder resources \
-            >{log:q} 2>&1
-        """
+        "picogpt fetch gpt2-ranks --folder resources > {log:q} 2>&1"
 
 
 checkpoint fetch_hub:
     """
-    Fetch OpenAI's weights into the cache of the hub client, and the first shard of FineWeb-Edu for a long training.
+    Fetch OpenAI's weights into the cache of the hub client, the first shard of FineWeb-Edu for a long training, and the
+    items of HellaSwag into resources/.
 
-    If the hub cannot be reached, everything else is made without them. The plan then raises `attempt`, so that the next run
+    If they cannot be had, everything else is made without them. The plan then raises `attempt`, so that the next run
     asks again; jobs that have the answer as a parameter (`on_hub`) run again only if it has changed.
     """
     output:
@@ -55,12 +47,7 @@ checkpoint fetch_hub:
         names=PLAN["from_hub"],
         attempt=PLAN["hub_attempt"],
     shell:
-        """
-        picogpt fetch {params.names:q} \
-            --attempt {params.attempt} \
-            --status {output:q} \
-            2>&1 | tee -i {log:q}
-        """
+        "picogpt fetch {params.names:q} --attempt {params.attempt} --status {output:q} 2>&1 | tee -i {log:q}"
 
 
 rule fetch_fineweb:
@@ -70,8 +57,4 @@ rule fetch_fineweb:
     log:
         "logs/fetch_fineweb_{shard}.log",
     shell:
-        """
-        picogpt fetch fineweb-edu \
-            --shard {wildcards.shard} \
-            >{output:q} 2>{log:q}
-        """
+        "picogpt fetch fineweb-edu --shard {wildcards.shard} > {output:q} 2> {log:q}"

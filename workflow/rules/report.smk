@@ -27,6 +27,7 @@ RECORDS = [
         dtype=config["gpt2"]["dtypes"],
     ),
     *expand("results/records/sampling_gpt2_{streams}_streams.json", streams=PLAN["streams"]),
+    *expand("results/records/hellaswag_{gpt2}.json", gpt2=GPT2_MODELS if PLAN["hellaswag"] else []),
     *expand("results/records/{name}.json", name=["weights", *PLAN["measured_rungs"]]),
 ]
 RUN_FOLDERS = {

@@ -107,9 +107,4 @@ rule fineweb_manifest:
         folder=lambda wildcards, output: Path(output[0]).parent,
         shards=len(SHARDS),
     shell:
-        """
-        picogpt tokenize fineweb-edu \
-            --join {params.shards} \
-            --folder {params.folder:q} \
-            >{log:q} 2>&1
-        """
+        "picogpt tokenize fineweb-edu --join {params.shards} --folder {params.folder:q} > {log:q} 2>&1"
