@@ -21,6 +21,8 @@ SHARE = {"train": 0.6, "char-transformer": 0.35, "forward": 0.7, "sampling": 0.6
 """Of the measured rate of products (of copies, for sampling), as seen on two cores of an AMD EPYC (Zen 4)."""
 CHARACTERS_PER_TOKEN = 3.3
 """Of GPT-2's tokens, in tinyshakespeare."""
+HELLASWAG_TOKENS = 1.6e6
+"""Of all contexts, each once, and endings."""
 START = 5.0
 """Seconds in which a job starts Python and torch, loads a model and writes its record."""
 
@@ -48,6 +50,9 @@ def table(config: dict[str, Any], plan: Plan) -> list[tuple[str, str, str]]:
     seconds = sum(START + 0.1 * tokens * flops / 3 / SHARE["forward"] / rates[dtype] for dtype in dtypes)
     results = Path("results/records")
     rows.append(("loss of GPT-2", ", ".join(dtypes), count * seconds, results / f"evaluate_gpt2_{dtypes[-1]}.json"))
+    if plan.hellaswag:
+        seconds = START + HELLASWAG_TOKENS * flops / 3 / SHARE["forward"] / rates["float32"]
+        rows.append(("HellaSwag", "10,042 items, float32", count * seconds, results / "hellaswag_gpt2.json"))
     bytes_read = {"float32": 4 * parameters, "bfloat16": 2 * parameters, "int8": parameters}
     read = sum(bytes_read[dtype] for dtype in dtypes) * part["throughput_tokens"] * part["throughput_runs"]
     seconds = count * (len(dtypes) * START + read / bandwidth / SHARE["sampling"])

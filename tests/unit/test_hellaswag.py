@@ -105,11 +105,15 @@ def test_the_record_has_the_choices_of_the_exported_model(trained: Path, picogpt
 
     # Without the network from now on, in other dtypes, and for the first items alone.
     (trained / "mirror/hellaswag_val.jsonl").unlink()
-    for dtype in ("bfloat16", "int8"):
+    for dtype in ("bfloat16", "int8", "float32"):
         run = picogpt("evaluate", "gpt2", "--task=hellaswag", "--limit=5", f"--dtype={dtype}", "--out=five.json")
         assert (run.status, "the first 5 items" in run.out) == (0, True), run.err
         five = json.loads((trained / "five.json").read_text())
         assert (five["config"]["limit"], five["results"]["items"], five["dtype"]) == (5, 5, dtype)
+    for file, note in (("five.json", "the first 5 items alone"), ("all.json", "published for OpenAI's weights")):
+        assert picogpt("report", "summary", file, "--out=summary.csv").status == 0
+        assert 'acc_norm, ours, float32",0.2945,' in (trained / "summary.csv").read_text()
+        assert note in (trained / "summary.csv").read_text()
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,9 @@ def test_the_estimate_lists_every_part_and_what_is_done(picogpt, tmp_path: Path)
     assert times.pop("training of char-bigram") == "done"
     assert all(re.fullmatch(r"\d+:\d\d:\d\d", about) for about in times.values())
     assert max(times, key=lambda part: times[part]) in ("all of it", "training of char-transformer")
+    settings["gpt2"]["hellaswag"] = True
+    Path("mine.yaml").write_text(yaml.safe_dump(settings))
+    assert "HellaSwag  " in picogpt("plan", "--estimate", "mine.yaml").out
 
 
 def status(attempt: int, endpoint: str, **files: fetch.Answer) -> None:

@@ -1,6 +1,7 @@
 """The workflow as a user runs it: real Snakemake, real steps, a small configuration in an empty folder."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import hub
 import pytest
 import yaml
-from conftest import ROOT, copy_source, text_of_words
+from conftest import ROOT, copy_source, hellaswag_items, text_of_words
 from filelock import FileLock
 from pipeline import BOX, NO_HUB, WORKFLOW, command, configure, job_counts, jobs, needs_snakemake, snakemake
 
@@ -63,6 +64,10 @@ NOT_MEASURED = {
     **{
         ("sampling throughput", f"ours, published GPU, run {number}"): {"published": published}
         for number, published in enumerate(("83.54", "83.5", "83.4", "84.44", "84.72"), 1)
+    },
+    ("hellaswag", "acc_norm, ours, float32"): {
+        "published": "0.2945",
+        "note": "picogpt evaluate gpt2 --task hellaswag does that",
     },
     ("training ladder", "a30, fused AdamW, decay groups"): {"published": "9.3", "note": "needs A30"},
     ("ddp", "2x H100, throughput"): {"published": "900000", "note": "needs 2x H100"},
@@ -214,6 +219,32 @@ def test_the_pretrained_rows_join_once_the_hub_answers(copied: Path):
         written, state = asked(answering.address)
         assert (state, "results/summary.csv" in written) == ("refused", True)
         assert asked(answering.address) == (set(), "refused")
+
+
+@pytest.mark.slow
+def test_hellaswag_joins_once_its_items_can_be_had(copied: Path, tmp_path: Path):
+    items, mirror = hellaswag_items(4), tmp_path / "mirror/hellaswag_val.jsonl"
+    assets = yaml.safe_load((copied / "source/config/assets.yaml").read_text())
+    assets["hellaswag"] |= {"size": len(items), "sha256": hashlib.sha256(items.encode()).hexdigest(), "addresses": []}
+    (copied / "source/config/assets.yaml").write_text(yaml.safe_dump(assets))
+    replace(copied / "small.yaml", "gpt2:\n", "gpt2:\n  hellaswag: true\n  pretrained: false\n")
+
+    def row() -> dict[str, str]:
+        snakemake(copied, "results/summary.csv", "results/report.md", PICOGPT_MIRROR=str(mirror.parent))
+        with open(copied / "results/summary.csv", newline="") as file:
+            return next(row for row in csv.DictReader(file) if row["metric"] == "acc_norm, ours, float32")
+
+    absent = {"measured": "", "status": "not measured here", "note": "hellaswag_val.jsonl could not be fetched"}
+    assert row().items() >= absent.items()
+    mirror.parent.mkdir()
+    mirror.write_text(items)
+    measured = row()
+    assert (measured["published"], measured["status"]) == ("0.2945", "not comparable")
+    assert float(measured["measured"]) in (0, 0.25, 0.5, 0.75, 1)
+    assert (
+        f"| acc_norm, ours, float32 | 0.2945 | {measured['measured']} |" in (copied / "results/report.md").read_text()
+    )
+    assert "Nothing to be done" in snakemake(copied, "results/summary.csv", PICOGPT_MIRROR=str(mirror.parent))
 
 
 @pytest.mark.slow
