@@ -147,7 +147,7 @@ def stopped(number: signal.Signals, *command: str, cwd: Path) -> tuple[int, str]
     with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True) as process:
         assert "before training" in process.stderr.readline()
         process.send_signal(number)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=300)[1]
     assert "Traceback" not in errors
     return process.returncode, errors
 

@@ -116,7 +116,7 @@ def test_a_closed_terminal_saves_too(straight, tokens, tokens_folder, tmp_path):
             assert process.poll() is None
             time.sleep(0.05)
         os.close(terminal)  # the kernel sends SIGHUP
-        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+        assert process.wait(timeout=300) == 128 + signal.SIGHUP
     assert 5 < saved_step(tmp_path) < 40
     Trainer(small_experiment(), tokens, tmp_path).run()
     assert_same_run(straight, tmp_path)
