@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-TESTS  := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=25
+TESTS  := python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=25
 # snakefmt runs shfmt, which is installed beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -33,14 +33,14 @@ report: $(READY)
 	$(BIN)/snakemake
 
 test: $(READY)
-	$(TESTS) -m "not slurm and not slow"
+	$(BIN)/$(TESTS) -m "not slurm and not slow"
 	@echo "not run: the tests marked slow (make test-slow) and slurm, which start a cluster (make test-slurm); make test-all runs all"
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm
 
 test-slow: $(READY)
-	$(TESTS) -m "not slurm"
+	$(BIN)/$(TESTS) -m "not slurm"
 
 test-all: test-slow test-slurm
 
