@@ -257,10 +257,11 @@ def texts(number: int) -> list[str]:
     return ["", *(" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(99))]
 
 
-def parquet(documents: list[str | None], column: str = "text") -> bytes:
+def parquet(documents: list[str | None], column: str = "text", other: str = "id") -> bytes:
     """A parquet file of several row groups, with a column that nobody needs beside the text."""
     out = io.BytesIO()
-    pq.write_table(pa.table({"id": range(len(documents)), column: documents}), out, row_group_size=17)
+    columns = [pa.array(range(len(documents))), pa.array(documents)]
+    pq.write_table(pa.table(columns, names=[other, column]), out, row_group_size=17)
     return out.getvalue()
 
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,21 +75,21 @@ def tokenize_chars(
     Raises PicogptError when the text cannot be read, is empty, of one character, or too short to split; UsageError when it
     has the name of a registered corpus and is another text.
     """
-    text = _read([text_path], corpus, val_fraction)
-    known: set[str] = set()
-    for document in text.train():
-        known.update(document)
-    tokenizer = CharTokenizer.from_text("".join(known))
-    unseen = Counter(character for document in text.val for character in document if character not in known)
-    if unseen and not drop_unseen:
-        listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
-        where = f"the validation text ({text.val_part}) has characters that the training text lacks"
-        remedy = "leave them out with --drop-unseen (drop_unseen: true), or mend the text"
-        raise PicogptError(f"{text_path}: {where}: {listed}. No model can predict them; {remedy}.")
-    val = ["".join(character for character in document if character not in unseen) for document in text.val]
-    if sum(map(len, val)) < MIN_TOKENS:
-        raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
-    parts = [(_encode(tokenizer, text.train()), text.train_bytes), (_encode(tokenizer, val), _bytes(val))]
+    with _read([text_path], corpus, val_fraction) as text:
+        known: set[str] = set()
+        for document in text.train():
+            known.update(document)
+        tokenizer = CharTokenizer.from_text("".join(known))
+        unseen = Counter(character for document in text.val for character in document if character not in known)
+        if unseen and not drop_unseen:
+            listed = ", ".join(f"{character!r} ({count} times)" for character, count in unseen.most_common(10))
+            where = f"the validation text ({text.val_part}) has characters that the training text lacks"
+            remedy = "leave them out with --drop-unseen (drop_unseen: true), or mend the text"
+            raise PicogptError(f"{text_path}: {where}: {listed}. No model can predict them; {remedy}.")
+        val = ["".join(character for character in document if character not in unseen) for document in text.val]
+        if sum(map(len, val)) < MIN_TOKENS:
+            raise PicogptError(f"{text_path}: the training text lacks nearly all characters of the validation text")
+        parts = [(_encode(tokenizer, text.train()), text.train_bytes), (_encode(tokenizer, val), _bytes(val))]
     return _write(folder, parts, tokenizer, text)
 
 
@@ -112,11 +112,11 @@ def tokenize_gpt2(
 
     On `threads` cores, 0 for all. The name of the corpus is as of `tokenize_chars`; raises as that.
     """
-    text = _read(text_paths, corpus, val_fraction)
     parts = []
-    for some, size in ((text.train(), text.train_bytes), (text.val, _bytes(text.val))):
-        ids = [ids for _, ids in tokenizer.encode_batches(some, threads)]
-        parts.append(([*ids[:-1], ids[-1][:-1]], size))
+    with _read(text_paths, corpus, val_fraction) as text:
+        for some, size in ((text.train(), text.train_bytes), (text.val, _bytes(text.val))):
+            ids = [ids for _, ids in tokenizer.encode_batches(some, threads)]
+            parts.append(([*ids[:-1], ids[-1][:-1]], size))
     return _write(folder, parts, tokenizer, text)
 
 
@@ -133,15 +133,18 @@ class _Text:
     """Which part of the text is for validation, for messages."""
 
 
-def _read(paths: Sequence[Path], corpus: str | None, val_fraction: float) -> _Text:
+@contextmanager
+def _read(paths: Sequence[Path], corpus: str | None, val_fraction: float) -> Iterator[_Text]:
     """The documents of `paths`, split for training and validation: the same way for all tokenizers.
 
     Its name is `corpus`, or the registered one of the text, or that of the first path.
+
+    Raises PicogptError at the end, also in place of another error, when a text was changed since.
     """
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction} must be between 0 and 1")
     texts, hashes = zip(*map(documents.read, paths), strict=True)
-    listed, text_sha256 = ", ".join(map(str, paths)), hash_of_texts(hashes)
+    text_sha256 = hash_of_texts(hashes)
     registered = fetch.identify(text_sha256)
     own = corpus or registered or paths[0].absolute().stem
     name = own.encode("utf-8", "replace").decode()  # names of files may be no UTF-8
@@ -151,26 +154,44 @@ def _read(paths: Sequence[Path], corpus: str | None, val_fraction: float) -> _Te
     def every() -> Iterator[str]:
         return (document for text in texts for document in text())
 
-    sizes = [len(document.encode()) for document in every()]
-    if not sizes:
+    try:
+        yield _split(every, ", ".join(map(str, paths)), name, text_sha256, val_fraction)
+    finally:
+        for path, digest in zip(paths, hashes, strict=True):
+            documents.require_unchanged(path, digest)
+
+
+def _split(every: documents.Documents, listed: str, name: str, sha256: str, val_fraction: float) -> _Text:
+    """The documents split. Copies of one stay together: a text for validation must not be trained on."""
+    sizes: Counter[int] = Counter()
+    count = 0
+    for document in every():
+        count += 1
+        sizes[hash(document)] += len(document.encode())
+    if not count:
         raise PicogptError(f"{listed} is empty")
-    if len(sizes) == 1:
-        (document,) = every()
+    if count == 1:
+        document = "".join(every())
         cut = int(len(document) * (1 - val_fraction))
         start, end = document[:cut], document[cut:]
         if min(len(start), len(end)) < MIN_TOKENS:
             found = f"{len(document)} characters: too few for a training and a validation text"
             raise PicogptError(f"{listed} has {found}")
-        return _Text(name, text_sha256, lambda: iter([start]), _bytes([start]), [end], f"the last {val_fraction:.0%}")
-    chosen = held_out(sizes, val_fraction)
-    part = f"{len(chosen):,} of {len(sizes):,} documents"
-    print(f"{name}: {part} are for validation", file=sys.stderr)
+        return _Text(name, sha256, lambda: iter([start]), _bytes([start]), [end], f"the last {val_fraction:.0%}")
+    if len(sizes) == 1:
+        raise PicogptError(f"{listed} has {count:,} documents that are all the same: none is left for validation")
+    keys = list(sizes)
+    chosen = {keys[index] for index in held_out(list(sizes.values()), val_fraction)}
 
     def some(for_validation: bool) -> Iterator[str]:
-        return (document for index, document in enumerate(every()) if (index in chosen) == for_validation)
+        return (document for document in every() if (hash(document) in chosen) == for_validation)
 
-    train_bytes = sum(sizes) - sum(sizes[index] for index in chosen)
-    return _Text(name, text_sha256, lambda: some(False), train_bytes, list(some(True)), part)
+    val, whole, held = list(some(True)), sizes.total(), sum(sizes[key] for key in chosen)
+    part = f"{len(val):,} of {count:,} documents"
+    print(f"{name}: {part} are for validation, {held / whole:.2%} of the text", file=sys.stderr)
+    if held < val_fraction / 2 * whole:
+        print(f"warning: nearly all of {name} is one document: divide it, or join all in one file", file=sys.stderr)
+    return _Text(name, sha256, lambda: some(False), whole - held, val, part)
 
 
 def held_out(sizes: Sequence[int], fraction: float) -> set[int]:

@@ -42,15 +42,24 @@ def read(path: Path) -> tuple[Documents, str]:
     Raises PicogptError when there is no text, or when it cannot be read; for most files only once they are.
     """
     if path.is_dir():
+        digest = sha256(path)  # first: a file that comes now is noticed by `require_unchanged`
         files, others = text_files(path)
         if others:
             named = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
             print(f"left out of {path}, as no text files: {len(others):,} ({named})", file=sys.stderr)
-        return lambda: (document for file in files for document in _documents(file)), sha256(path)
+        return lambda: (document for file in files for document in _documents(file)), digest
     if not _is_table(path):
         text, digest = read_hashed(path)
         return lambda: iter([text] if text else []), digest
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is read more than once, which a pipe or a device cannot be: save it as a file")
     return functools.partial(_documents, path), sha256(path)
+
+
+def require_unchanged(path: Path, digest: str) -> None:
+    """Raises PicogptError when a text that was not read at once is no longer the one of this hash."""
+    if (path.is_dir() or _is_table(path)) and sha256(path) != digest:
+        raise PicogptError(f"{path} was changed while it was read: tokenize it when nothing writes to it any more")
 
 
 def sha256(path: Path) -> str:
@@ -154,10 +163,10 @@ def open_table(path: Path) -> pq.ParquetFile:
         table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (OSError, pyarrow.ArrowException) as error:
         raise PicogptError(f"{path} is no parquet file: {error}") from error
-    held = {field.name: str(field.type) for field in table.schema_arrow}
-    if held.get(COLUMN) not in ("string", "large_string"):
-        listed = ", ".join(f"{name} ({dtype})" for name, dtype in held.items()) or "no columns"
-        raise PicogptError(f"{path} has no column {COLUMN!r} of strings; it has {listed}")
+    held = [(field.name, str(field.type)) for field in table.schema_arrow]
+    if [dtype in ("string", "large_string") for name, dtype in held if name == COLUMN] != [True]:
+        listed = ", ".join(f"{name} ({dtype})" for name, dtype in held) or "no columns"
+        raise PicogptError(f"{path} has no column {COLUMN!r} of strings, or several; it has {listed}")
     return table
 
 

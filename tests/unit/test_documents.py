@@ -63,7 +63,9 @@ def test_every_form_of_the_same_documents_gives_the_same_split(form, tmp_path: P
         sizes = {getattr(data, split).header.text_bytes for data in (of_characters, of_gpt2)}
         assert sizes == {len("".join(parts))}
     assert of_characters.corpus()["text_sha256"] == of_gpt2.corpus()["text_sha256"] == documents.sha256(path)
-    assert f"{path.stem}: {len(val)} of 50 documents are for validation\n" in capsys.readouterr().err
+    share = len("".join(val)) / len("".join(WORDS))
+    said = f"{path.stem}: {len(val)} of 50 documents are for validation, {share:.2%} of the text\n"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,56 @@ def test_documents_of_all_sizes_are_held_out():
     share = [sizes[index] for index in held_out(sizes, 0.1)]
     assert abs(sum(share) / sum(sizes) - 0.1) < 0.001
     assert abs(np.mean(share) - np.mean(sizes)) < 3
+
+
+def test_copies_of_a_document_are_all_for_training_or_all_for_validation(tmp_path: Path, gpt2: GPT2Tokenizer):
+    lines = [*WORDS[:10], *WORDS, *WORDS[40:]]
+    path = folder_of(tmp_path, {"my.jsonl": "\n".join(json.dumps({"text": line}) for line in lines)}) / "my.jsonl"
+    data = tokenize_gpt2([path, path], tmp_path / "t", gpt2)
+    train, val = (gpt2.decode(part.ids).split("<|endoftext|>") for part in (data.train, data.val))
+    assert not set(train) & set(val)
+    assert sorted(train + val) == sorted(lines * 2)
+    sizes = [part.header.text_bytes for part in (data.train, data.val)]
+    assert sizes == [len("".join(part)) for part in (train, val)]
+    with pytest.raises(PicogptError, match=r"one.txt, \S*one.txt has 2 documents that are all the same"):
+        tokenize_gpt2([folder_of(tmp_path, {"one.txt": "text"}) / "one.txt"] * 2, tmp_path / "u", gpt2)
+
+
+def test_one_document_that_is_nearly_all_of_the_text_is_a_warning(tmp_path: Path, capsys):
+    folder = folder_of(tmp_path / "my", {"a.txt": "abcd", "b.txt": "abcd" * 1000})
+    tokenize_chars(folder, tmp_path / "t")
+    assert "0.10% of the text\nwarning: nearly all of my is one document: divide it" in capsys.readouterr().err
+    folder_of(folder, {"c.txt": "abc" * 1000})
+    tokenize_chars(folder, tmp_path / "t")
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["my/a.jsonl", "my/c.txt", None])
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+def test_a_text_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, gpt2: GPT2Tokenizer, monkeypatch, kind: str, change: str | None
+):
+    folder, split = folder_of(tmp_path / "my", {"a.jsonl": LINES, "b.txt": "text"}), corpus.held_out
+
+    def meanwhile(*arguments):
+        if change:
+            folder_of(tmp_path, {change: LINES.splitlines()[0]})
+        else:
+            (folder / "a.jsonl").unlink()
+        return split(*arguments)
+
+    monkeypatch.setattr(corpus, "held_out", meanwhile)
+    reason = "my was changed while it was read: tokenize it when nothing writes to it"
+    make = tokenize_chars if kind == "char" else lambda *paths: tokenize_gpt2([paths[0]], paths[1], gpt2)
+    with pytest.raises(PicogptError, match=reason):
+        make(folder, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_pipe_of_many_documents_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "my.jsonl")
+    with pytest.raises(UsageError, match=r"my\.jsonl is read more than once, which a pipe or a device cannot be"):
+        documents.read(tmp_path / "my.jsonl")
 
 
 def test_what_is_no_text_in_a_folder_is_left_out_and_named(tmp_path: Path, capsys):
@@ -138,7 +190,8 @@ LATIN1 = (
         ("my.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "my.jsonl is not UTF-8 text: byte 24 is 0xe9"),
         ("my.jsonl.gz", gzip.compress(LINES)[:-20], "cannot read .*my.jsonl.gz: "),
         ("my.jsonl.gz", LINES, "cannot read .*my.jsonl.gz: Not a gzipped file"),
-        ("my.parquet", parquet(WORDS, column="body"), r"no column 'text' of strings; it has id \(int64\), body \(string\)"),
+        ("my.parquet", parquet(WORDS, column="body"), r"no column 'text' of strings, or several; it has id \(int64\), body \(string\)"),
+        ("my.parquet", parquet(WORDS, other="text"), r"no column 'text' of strings, or several; it has text \(int64\), text \(string\)"),
         ("my.parquet", parquet(WORDS)[:-100], "my.parquet is no parquet file"),
         ("my.parquet", parquet([*WORDS, None]), "a document in row group 2 has no text"),
         ("my/b.jsonl", b"{", "my/b.jsonl, line 1: "),

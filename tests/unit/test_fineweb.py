@@ -224,7 +224,7 @@ def test_a_whole_shard_is_left_alone_and_another_made_anew(folder: Path, files: 
         (b"", "is no parquet file"),
         (
             parquet(texts(0), column="content"),
-            r"has no column 'text' of strings; it has id \(int64\), content \(string\)",
+            r"has no column 'text' of strings, or several; it has id \(int64\), content \(string\)",
         ),
         (parquet([*texts(0), None]), "a document in row group 5 has no text"),
         (parquet(texts(0)).replace(b"PAR1", b"PAR1" + bytes(40), 1), "cannot be read|is no parquet file"),
