@@ -23,6 +23,8 @@ from picogpt.errors import PicogptError
 from picogpt.files import exclusive_lock, place, write_text
 
 RESULTS = ("best.pt", "metrics.jsonl")
+WORK = {*RESULTS, "last.pt", "last.previous.pt", "last.damaged.pt", "tracker"}
+"""What checkpoints/ holds, apart from hidden files."""
 
 
 class RunFolder:
@@ -80,8 +82,15 @@ class RunFolder:
         return {}
 
     def load(self, replace: bool) -> dict[str, Any] | None:
-        """The state to resume from, or None; with `replace`, that of a run with other settings is deleted. Raises like `state`."""
+        """The state to resume from, or None; with `replace`, that of a run with other settings is deleted.
+
+        Raises like `state`, and PicogptError when checkpoints/, which is removed in the end, has files of others.
+        """
         self.work.mkdir(exist_ok=True)
+        if others := sorted(name for name in {*os.listdir(self.work)} - WORK if not name.startswith(".")):
+            raise PicogptError(
+                f"{self.work} would be removed, and picogpt did not write {others[0]}: choose another folder"
+            )
         for incomplete in self.work.glob(".*.tmp"):  # of a process that was killed while it was writing
             incomplete.unlink()
         state, damaged = self.state(replace)

@@ -164,6 +164,17 @@ def test_a_tracker_that_cannot_start_is_one_error_before_the_first_step(tmp_path
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.parametrize("tracker", ["trackio", "none"])
+def test_a_folder_checkpoints_of_others_is_not_touched(tmp_path: Path, tokens, stub, tracker: str):
+    stub("pass", start="raise PermissionError('no API key')")
+    others = tmp_path / "run/checkpoints/epoch-3/model.bin"
+    others.parent.mkdir(parents=True)
+    others.write_text("weeks of work")
+    with pytest.raises(PicogptError, match=r"run/checkpoints would be removed, and picogpt did not write epoch-3"):
+        train(tmp_path / "run", tokens, tracker)
+    assert [path for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()] == [others]
+
+
 def test_a_tracker_that_cannot_start_again_leaves_the_checkpoint(tmp_path: Path, tokens, stub):
     stub("pass", start="if settings['resume'] == 'allow': raise PermissionError('no API key')")
     with pytest.raises(PicogptError, match="does not start: no API key"):
