@@ -142,6 +142,8 @@ def _number(value: Any) -> str:
 def _plain(text: Any) -> str:
     """Any text as one line of Markdown that shows just that, also in a table."""
     line = " ".join(str(text).encode("utf-8", "replace").decode().split())
+    # Others act on what is around them, or end the file for some programs.
+    line = "".join(character if character.isprintable() else "\ufffd" for character in line)
     return re.sub(r"([\\`*_{}\[\]<>|&~#$])", r"\\\1", line)
 
 

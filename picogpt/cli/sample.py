@@ -181,13 +181,13 @@ def _hellaswag(
 
     measured = {name: options[name] for name in ("device", "dtype")}
     record = hellaswag.accuracy(key, model, tokenizer, source, path, limit=limit, **measured)
-    if out:
-        records.write(out, record)
     results, published = record["results"], published_for(records.Key("hellaswag", "gpt2-pretrained", dtype="float32"))
     items = f"{'the first ' if limit else ''}{results['items']:,} items"
     click.echo(f"{source}, {key.dtype}: HellaSwag, {items}, chance 0.25, published for OpenAI's GPT-2 124M on 10,042:")
     for name, way in (("acc", "sum of log-probabilities"), ("acc_norm", "mean per token")):
         click.echo(f"{name:9}{results[name]:.4f}  {way}; published {published[name]['published']:.4f}")
+    if out:  # last: where it cannot be written, an hour is not lost
+        records.write(out, record)
 
 
 @click.command()

@@ -27,7 +27,7 @@ from picogpt.data.corpus import tokenize_gpt2
 from picogpt.data.tokens import hash_of_texts
 from picogpt.train.loop import Trainer
 
-HOSTILE = "a | `b`\n---\n# <b>x</b> [y](z): {'*_&~$\\\ud800"
+HOSTILE = "a | `b`\n---\n# <b>x</b> [y](z): {'*_&~$\\\ud800\0\x1b\u202e"
 INSTALL = "not a dependency: pip install {} to run this test"
 
 
@@ -99,8 +99,9 @@ def test_the_settings_of_the_card_train_the_same_again(working: Path, picogpt):
 def test_a_name_changes_neither_header_nor_markdown(trained: Path):
     text = card(trained, HOSTILE)
     assert set(header_of(text)) == {"library_name", "pipeline_tag", "tags"}
-    escaped = r"a \| \`b\` --- \# \<b\>x\</b\> \[y\](z): \{'\*\_\&\~\$\\?"
+    escaped = r"a \| \`b\` --- \# \<b\>x\</b\> \[y\](z): \{'\*\_\&\~\$\\?���"
     assert table(text)["text"].startswith(escaped)
+    assert text.replace("\n", "").isprintable()
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings[0].endswith(f"trained from scratch on {escaped}")
     assert [line.lstrip("# ") for line in headings[1:]] == ["How to use it", "Settings"]

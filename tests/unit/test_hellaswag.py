@@ -137,6 +137,15 @@ def test_a_file_that_is_no_list_of_items_is_an_error_with_the_line(
     assert (run.status in (1, 2), run.out, message in run.err) == (True, "", True), run.err
 
 
+def test_where_the_record_cannot_be_written_the_numbers_are_shown(trained: Path, picogpt, register):
+    register("".join(LINES))
+    run = picogpt(
+        "evaluate", "gpt2", "--task=hellaswag", "--device=cpu", "--limit=2", "--out=resources/gpt2.tiktoken/a"
+    )
+    assert (run.status, run.out.count("; published 0.2")) == (1, 2)
+    assert "cannot write resources/gpt2.tiktoken/a" in run.err
+
+
 def test_other_bytes_are_refused_and_not_kept(trained: Path, picogpt, register):
     register(LINES[0], registered=LINES[1])
     run = picogpt("evaluate", "gpt2", "--task=hellaswag")
