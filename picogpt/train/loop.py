@@ -30,7 +30,7 @@ from picogpt.train.evaluate import evaluate
 from picogpt.train.folder import RunFolder
 from picogpt.train.signals import collect_stop_signals
 from picogpt.train.step import Step, Switches, micro_batch_size, tokens_at_once
-from picogpt.train.tracker import Row, tracking
+from picogpt.train.tracker import Row, require, tracking
 
 TOKENS_TO_COMPILE = 10_000_000
 """Of a whole training; of one of 0.6 million tokens of GPT-2 on an H100, 17.7 of 19.5 s were compilation."""
@@ -113,6 +113,8 @@ class Trainer:
         """
         with ExitStack() as held, collect_stop_signals(self.stop_signals):
             self.world.broadcast_from_main(lambda: held.enter_context(self.folder.held()))
+            if replace:  # before anything is deleted
+                self.world.broadcast_from_main(lambda: require(self.runtime.tracker))
             if finished := self.world.broadcast_from_main(lambda: self.folder.finished(replace)):
                 return finished
             cut = self._resume(replace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +17,20 @@ from picogpt.errors import PicogptError, UsageError, innermost
 from picogpt.files import read_text, write_text
 
 Row = dict[str, float]
+
+
+def require(kind: str) -> None:
+    """Raises UsageError when the package of this tracker, or "none", cannot be imported."""
+    try:
+        if kind != "none":
+            importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
+    except ImportError as error:
+        raise _missing(kind, error) from error
+
+
+def _missing(kind: str, error: ImportError) -> UsageError:
+    needed = f"runtime.tracker={kind} needs a package that cannot be used ({error})"
+    return UsageError(f"{needed}: pip install {kind}")
 
 
 @contextmanager
@@ -37,7 +52,7 @@ def tracking(
         if cut is None:  # nothing has begun that could be continued
             shutil.rmtree(note.parent, ignore_errors=True)
         if isinstance(error, ImportError):
-            raise UsageError(f"{setting} needs a package that cannot be used ({error}): pip install {kind}") from error
+            raise _missing(kind, error) from error
         why = (" ".join(str(error).split()) or innermost(error)).rstrip(".")
         raise PicogptError(f"{setting} does not start: {why}; --set runtime.tracker=none trains without it") from error
     write_text(note, f"{kind} {run_id}\n")

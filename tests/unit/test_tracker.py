@@ -111,6 +111,14 @@ def test_a_missing_package_is_one_message_before_the_first_step(tmp_path: Path, 
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_missing_package_leaves_the_run_that_was_to_be_replaced(tmp_path: Path, tokens, monkeypatch):
+    train(tmp_path, tokens, "none", steps=2)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="pip install wandb"):
+        train(tmp_path, tokens, "wandb", replace=True, steps=3)
+    assert {"best.pt", "metrics.jsonl", "record.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Make a package called trackio that writes what it gets to a file, with this line in its `log`."""
