@@ -177,7 +177,8 @@ def tree(tmp_path: Path, gpt2_resources: Path, monkeypatch: pytest.MonkeyPatch) 
     (tree / "books").mkdir()
     for number, line in enumerate(text_of_words(1600).splitlines()):
         (tree / f"books/{number}.txt").write_text(line)
-    (tree / "pages.jsonl").write_text('{"text": "the king and queen of night"}\n' * 600)
+    pages = (f'{{"text": "the king and queen of night {number}"}}\n' for number in range(600))
+    (tree / "pages.jsonl").write_text("".join(pages))
     shutil.copytree(gpt2_resources, tree / "resources")
 
     (tree / ".venv").mkdir()

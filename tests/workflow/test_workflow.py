@@ -317,7 +317,7 @@ def test_what_changes_in_a_folder_of_texts_runs_what_depends_on_it(tmp_path: Pat
     snakemake(tmp_path, *made)
     for tokenizer in ("char", "gpt2"):
         log = (tmp_path / f"logs/tokenize_{tokenizer}.log").read_text()
-        assert log.startswith("my: 9 of 100 documents are for validation\n")
+        assert log.startswith("my: 9 of 100 documents are for validation, 9")
     changed, removed, added = (tmp_path / f"my/{name}" for name in ("01.txt", "02.txt", "more/a.txt"))
     before = {path: path.read_text() for path in (changed, removed)}
     dependent = {"tokenize_char", "tokenize_gpt2", "train"}
