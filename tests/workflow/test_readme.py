@@ -86,13 +86,14 @@ def _inline(page: str) -> Iterator[Command]:
 
 
 def newest_run(word: re.Match[str]) -> str:
-    """The path with the newest run in the place of RUN or of a time stamp; where that stands alone, the run's name."""
+    """The path with the newest run in the place of RUN or of a time stamp; where that stands alone, MODEL/RUN."""
     alone = "/" not in word[0]
-    pattern = "weights/*/[0-9]*_[0-9]*" if alone else re.sub(RUN, "*", word[0])
+    pattern = "weights/char_*/[0-9]*_[0-9]*" if alone else re.sub(RUN, "*", word[0])
     found = [path for path in Path().glob(pattern) if not (alone and path.parent.name.endswith("_tokenizer"))]
     assert found, f"nothing here stands for {word[0]}"
     newest = max(found, key=lambda path: path.stat().st_mtime)
-    return newest.name if alone else str(newest)
+    # Runs of two models that began in the same second have the same name.
+    return f"{newest.parent.name}/{newest.name}" if alone else str(newest)
 
 
 def free_port(match: re.Match[str]) -> str:

@@ -190,7 +190,6 @@ SMALL_HERE = {
     r"--hardware h100x2 --rung \w+": "--hardware 'two ranks.yaml' --rung flash",
     r"--hardware cpu --rung flash": "--hardware cpu --rung fused_loss",
     r"weights/char_tokenizer/RUN/": "weights/char_tokenizer/c/",
-    r"RUN RUN( RUN)?": "pipeline wide",  # runs of two models may have begun in the same second
     r"batch_size=64": "batch_size=2",
     r"-n 10000": "-n 20",
     r"train\.epochs=4": "train.steps=2",
