@@ -126,7 +126,7 @@ def evaluate(
       picogpt evaluate gpt2
       picogpt evaluate gpt2 --dtype int8                   the cost of 8-bit weights
       picogpt evaluate gpt2-pretrained
-      picogpt evaluate gpt2 --task hellaswag --limit 200   on a CPU all items take an hour
+      picogpt evaluate gpt2 --task hellaswag --limit 200   on a CPU all take half an hour
     """
     from picogpt import records
     from picogpt.data.corpus import open_data
