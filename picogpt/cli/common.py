@@ -17,6 +17,7 @@ from picogpt.files import make_folder
 from picogpt.registry import MODELS, PRETRAINED
 
 if TYPE_CHECKING:
+    from picogpt.checkpoint import Weights
     from picogpt.data.tokenizers import Tokenizer
     from picogpt.data.tokens import TokenData
     from picogpt.models.language_model import LanguageModel
@@ -154,6 +155,12 @@ def load_model(
         tokenizer = GPT2Tokenizer.fetched(RESOURCES)
         return pretrained.load(pretrained_name, path), tokenizer, fetch.pretrained()[pretrained_name].repository
 
+    weights = trained(kind, ckpt, untrained)
+    return weights.model(untrained), weights.tokenizer(tokenizer_dir), str(weights.path)
+
+
+def trained(kind: str, ckpt: Path | None, untrained: bool = False) -> Weights:
+    """The weights of a model trained here: of `ckpt`, or of the newest run; says on stderr which these are."""
     from picogpt.checkpoint import load_weights
 
     runs = "gpt2/*/*" if kind == "gpt2" else f"{kind.replace('-', '_')}/*"
@@ -166,7 +173,7 @@ def load_model(
         else f"step {weights.step}, validation loss {weights.val_loss:.4f}"
     )
     click.echo(f"{weights.path}{unfinished}: {where}", err=True)
-    return weights.model(untrained), weights.tokenizer(tokenizer_dir), str(weights.path)
+    return weights
 
 
 @contextmanager

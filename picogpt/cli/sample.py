@@ -213,16 +213,16 @@ def export(kind: str, ckpt: Path | None, out: Path, name: str | None, private: b
     if name is not None:
         publish.check(name)
     from picogpt.card import model_card
-    from picogpt.checkpoint import load_weights
     from picogpt.data.bpe import GPT2Tokenizer
     from picogpt.export import export_folder
     from picogpt.models.gpt2 import GPT2
 
-    model, tokenizer, source = load_model(kind, ckpt, None)
+    weights = common.trained(kind, ckpt)
+    model, tokenizer = weights.model(), weights.tokenizer(None)
     if not isinstance(model, GPT2) or not isinstance(tokenizer, GPT2Tokenizer):
-        raise PicogptError(f"{source} is no GPT-2")
-    card = functools.partial(model_card, load_weights(source), model.parameter_count())
+        raise PicogptError(f"{weights.path} is no GPT-2")
+    card = functools.partial(model_card, weights, model.parameter_count())
     export_folder(model, tokenizer, out, card, name)
-    click.echo(f"{out}: {source} for transformers")
+    click.echo(f"{out}: {weights.path} for transformers")
     if name is not None:
         click.echo(f"{publish.push(out, name, private)}: {out} on the hub")

@@ -69,8 +69,9 @@ def tokenize_chars(
 ) -> TokenData:
     """Write a tokenizer of characters, and token files with nothing between documents (`documents.py`), into `folder`.
 
-    Of several documents some are for validation (`held_out`); of a single one its end is, `val_fraction` of it. The name of the corpus in all results is `corpus`, or its registered one, or the file's own. With `drop_unseen`,
-    characters of the validation text that the training text lacks are left out; without it they are an error.
+    Of several documents some are for validation (`held_out`); of a single one its end is, `val_fraction` of it. The name
+    of the corpus in all results is `corpus`, or its registered one, or the file's own. With `drop_unseen`, characters of
+    the validation text that the training text lacks are left out; without it they are an error.
 
     Raises PicogptError when the text cannot be read, is empty, of one character, or too short to split; UsageError when it
     has the name of a registered corpus and is another text.
