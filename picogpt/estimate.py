@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,14 +18,16 @@ from picogpt.plan import Plan
 from picogpt.reference import CORPUS
 from picogpt.registry import MODELS
 
-SHARE = {"train": 0.6, "char-transformer": 0.35, "forward": 0.7, "sampling": 0.6}
-"""Of the measured rate of products (of copies, for sampling), as seen on two cores of an AMD EPYC (Zen 4)."""
+SHARE = {"train": 0.65, "char-transformer": 0.38, "forward": 0.75, "streams": 0.17, "sampling": 0.4}
+"""Of the measured rate of products (of reads, for sampling), as seen on two cores of an AMD EPYC (Zen 4)."""
 CHARACTERS_PER_TOKEN = 3.3
 """Of GPT-2's tokens, in tinyshakespeare."""
 HELLASWAG_TOKENS = 1.6e6
 """Of all contexts, each once, and endings."""
 START = 5.0
 """Seconds in which a job starts Python and torch, loads a model and writes its record."""
+COMPILATION = 10.0
+"""Seconds of a rung of the training ladder in torch.compile."""
 
 
 def table(config: dict[str, Any], plan: Plan) -> list[tuple[str, str, str]]:
@@ -46,18 +49,30 @@ def table(config: dict[str, Any], plan: Plan) -> list[tuple[str, str, str]]:
         work = f"{parameters:,} parameters, {seen / 1e6:,.1f} million {'characters' if character else 'tokens'}"
         rows.append((f"training of {experiment.model.kind}", work, seconds, folder / "record.json"))
     # GPT-2 was the last of the loop.
-    dtypes, part, count = config["gpt2"]["dtypes"], config["gpt2"], 2 if "pretrained" in plan.from_hub else 1
-    seconds = sum(START + 0.1 * tokens * flops / 3 / SHARE["forward"] / rates[dtype] for dtype in dtypes)
-    results = Path("results/records")
-    rows.append(("loss of GPT-2", ", ".join(dtypes), count * seconds, results / f"evaluate_gpt2_{dtypes[-1]}.json"))
+    dtypes, part, results = config["gpt2"]["dtypes"], config["gpt2"], Path("results/records")
+    runs, length, forward = part["throughput_runs"], part["throughput_tokens"], flops / 3
+    seconds = sum(START + 0.1 * tokens * forward / SHARE["forward"] / rates[dtype] for dtype in dtypes)
+    measured = [("loss of GPT-2", ", ".join(dtypes), seconds, results / f"evaluate_gpt2_{dtypes[-1]}.json")]
     if plan.hellaswag:
-        seconds = START + HELLASWAG_TOKENS * flops / 3 / SHARE["forward"] / rates["float32"]
-        rows.append(("HellaSwag", "10,042 items, float32", count * seconds, results / "hellaswag_gpt2.json"))
+        seconds = START + HELLASWAG_TOKENS * forward / SHARE["forward"] / rates["float32"]
+        measured.append(("HellaSwag", "10,042 items, float32", seconds, results / "hellaswag_gpt2.json"))
     bytes_read = {"float32": 4 * parameters, "bfloat16": 2 * parameters, "int8": parameters}
-    read = sum(bytes_read[dtype] for dtype in dtypes) * part["throughput_tokens"] * part["throughput_runs"]
-    seconds = count * (len(dtypes) * START + read / bandwidth / SHARE["sampling"])
-    work = f"{part['throughput_runs']} runs of {part['throughput_tokens']} tokens, {', '.join(dtypes)}"
-    rows.append(("sampling speed of GPT-2", work, seconds, results / f"sampling_gpt2_{dtypes[-1]}.json"))
+    read = sum(bytes_read[dtype] for dtype in dtypes) * runs * length
+    seconds = len(dtypes) * START + read / bandwidth / SHARE["sampling"]
+    work = f"{runs} runs of {length} tokens, {', '.join(dtypes)}"
+    measured.append(("sampling speed of GPT-2", work, seconds, results / f"sampling_gpt2_{dtypes[-1]}.json"))
+    rows += measured
+    if plan.streams:
+        made = sum(plan.streams) * runs * length
+        seconds = len(plan.streams) * START + made * forward / SHARE["streams"] / rates[fast]
+        work = f"{runs} runs of {length} tokens, {', '.join(map(str, plan.streams))} streams"
+        rows.append(
+            ("sampling many streams", work, seconds, results / f"sampling_gpt2_{plan.streams[-1]}_streams.json")
+        )
+    if "pretrained" in plan.from_hub:
+        last = results / f"sampling_gpt2-pretrained_{dtypes[-1]}.json"
+        seconds = sum(about for *_, about, _ in measured)
+        rows.append(("OpenAI's GPT-2", "loss and speed as of ours, if the hub gives it", seconds, last))
     for name, machine in plan.machines.items():
         if f"ladder/{name}/{next(iter(machine.ladder))}" not in plan.measured_rungs:
             continue
@@ -66,6 +81,7 @@ def table(config: dict[str, Any], plan: Plan) -> list[tuple[str, str, str]]:
         cost = steps * settings.batch_size * settings.block_size * flops / SHARE["train"]
         slow = ("baseline", "tf32")
         seconds = sum(START + cost / rates["float32" if rung in slow else fast] for rung in machine.ladder)
+        seconds += COMPILATION * len(list(itertools.dropwhile(lambda rung: rung != "compile", machine.ladder)))
         last = results / f"ladder/{name}/{list(machine.ladder)[-1]}.json"
         rows.append((f"training ladder of {settings.title}", f"{len(machine.ladder)} rungs", seconds, last))
     left = sum(about for *_, about, record in rows if not record.exists())

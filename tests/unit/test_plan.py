@@ -146,7 +146,7 @@ def test_the_estimate_lists_every_part_and_what_is_done(picogpt, tmp_path: Path)
     times = {part: about for part, *_, about in rows}
     assert list(times) == [
         "part", "training of char-bigram", "training of char-transformer", "training of gpt2", "loss of GPT-2",
-        "sampling speed of GPT-2", "training ladder of CPU", "all of it",
+        "sampling speed of GPT-2", "sampling many streams", "OpenAI's GPT-2", "training ladder of CPU", "all of it",
     ]  # fmt: skip
     assert times.pop("part") == "about"
     assert times.pop("training of char-bigram") == "done"
