@@ -172,7 +172,7 @@ def _load(path: Path, content: str) -> dict[str, Any]:
     if pointer:
         raise PicogptError(f"{path} only says where Git LFS keeps the checkpoint: git lfs pull brings it")
     if not whole:
-        raise PicogptError(f"{path} is torn, or no checkpoint")
+        raise PicogptError(f"{path} is incomplete, or not a checkpoint")
     try:
         # Memory-mapped, so that a model of half a gigabyte loads at once.
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=content == "weights")
@@ -184,9 +184,9 @@ def _load(path: Path, content: str) -> dict[str, Any]:
     except Exception as error:  # a damaged archive can raise any type
         if is_out_of_memory(error):
             raise  # the file may be whole
-        raise PicogptError(f"{path} is damaged, or no checkpoint: {error}") from error
+        raise PicogptError(f"{path} is damaged, or not a checkpoint: {error}") from error
     if not isinstance(tree, dict) or tree.get("format") != HEADER["format"]:
-        raise PicogptError(f"{path} is no checkpoint of picogpt")
+        raise PicogptError(f"{path} is not a checkpoint of picogpt")
     if tree.get("version") != HEADER["version"]:
         raise PicogptError(f"{path} has version {tree.get('version')}; this picogpt reads version {HEADER['version']}")
     if tree.get("content") != content:

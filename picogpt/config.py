@@ -244,10 +244,10 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def config_folder() -> Path:
-    """`config/`: $PICOGPT_CONFIG (UsageError if it is no folder), or that of the source tree or the installed package."""
+    """`config/`: $PICOGPT_CONFIG (UsageError if it is not a folder), or that of the source tree or the installed package."""
     if chosen := os.environ.get("PICOGPT_CONFIG"):
         if not Path(chosen).is_dir():
-            raise UsageError(f"PICOGPT_CONFIG={chosen} is no folder: unset it, or set it to a folder like config/")
+            raise UsageError(f"PICOGPT_CONFIG={chosen} is not a folder: unset it, or set it to a folder like config/")
         return Path(chosen)
     installed = Path(__file__).resolve().parent / "_config"
     return installed if installed.is_dir() else installed.parents[1] / "config"

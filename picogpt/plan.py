@@ -203,9 +203,7 @@ def _text(corpus: list[str] | str) -> tuple[str, str, str | None]:
         mistake = f"is not the registered {path.stem}, whose name it bears"
         raise UsageError(f"corpus: {corpus} {mistake}: rename it, to my.txt, and run snakemake --config corpus=my.txt")
     if path.stat().st_mtime > time.time() + CLOCK_TOLERANCE_S:
-        raise UsageError(
-            f"corpus: {corpus} was changed in the future, says its time: set that right with touch {corpus}"
-        )
+        raise UsageError(f"corpus: {corpus} has a modification time in the future: correct it with touch {corpus}")
     # Texts of the same file name in different folders, or with different suffixes, have names of their own.
     alone = path.parent == Path() and path.suffix in (".txt", "")
     return str(path), own_name(path.stem, None if alone else str(path)), sha256

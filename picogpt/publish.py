@@ -28,7 +28,7 @@ def check(name: str) -> None:
         if "/" not in name:
             raise HFValidationError("the user, or the organization, must stand before a /")
     except HFValidationError as error:
-        raise UsageError(f"--push {name!r} is no USER/NAME of a repository: {error}") from error
+        raise UsageError(f"--push {name!r} is not a repository as USER/NAME: {error}") from error
     if not get_token():
         raise PicogptError(f"cannot push to {name}, as nobody is logged in: {LOGIN}")
 

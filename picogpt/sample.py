@@ -262,9 +262,7 @@ def context_start(position: int, prompt_length: int, block_size: int) -> int:
 def _numbers(logits: torch.Tensor) -> torch.Tensor:
     """`logits`; raises PicogptError where they are NaN, of which `choose` would make text of a sort."""
     if logits.isnan().any():
-        raise PicogptError(
-            "the model computes no numbers (NaN): its weights are damaged, or too large for this --dtype"
-        )
+        raise PicogptError("the model computes NaN: its weights are damaged, or too large for this --dtype")
     return logits
 
 

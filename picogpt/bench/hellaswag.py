@@ -153,10 +153,10 @@ def accuracy(
 ) -> dict[str, Any]:
     """The record of how often a GPT-2 finds the right ending, over all items of the file or its first `limit`.
 
-    Raises as `read`; UsageError for another model, or one with too short a context; PicogptError where it computes no numbers.
+    Raises as `read`; UsageError for another model, or one with too short a context; PicogptError where it computes NaN.
     """
     if not isinstance(model, GPT2):
-        raise UsageError(f"{source} is no GPT-2, the only model that --task hellaswag knows")
+        raise UsageError(f"{source} is not a GPT-2, the only model that --task hellaswag knows")
     where = hardware.select(device, "float32")  # no autocast: the weights have the dtype that is measured
     record = {**records.provenance(where), **key._asdict()}
     block_size, whole = model.config.block_size, read(path, tokenizer, limit)
@@ -166,7 +166,7 @@ def accuracy(
     with Scoring("HellaSwag", len(items)) as progress:
         sums = log_likelihoods(model, items, progress.advance)
     if not sums.isfinite().all():
-        raise PicogptError(f"{source} computes no numbers (NaN): its weights are damaged, or too large for {dtype}")
+        raise PicogptError(f"{source} computes NaN: its weights are damaged, or too large for {dtype}")
     means = sums / torch.tensor([[len(ending) for ending in item.endings] for item in items])
     labels = torch.tensor([item.label for item in items])
     correct, correct_norm = (int((scores.argmax(1) == labels).sum()) for scores in (sums, means))

@@ -50,7 +50,7 @@ PATH = _Named(path_type=Path)
 def run_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
     """The value of --name. Raises UsageError where it is not the name of one folder, which `picogpt runs` would find."""
     if name is not None and (not name.strip() or name.startswith(".") or {"/", os.sep} & set(name)):
-        raise UsageError(f"--name {name!r} is no name of a folder: it may not be empty, have a / or begin with a dot")
+        raise UsageError(f"--name {name!r} is not a folder name: it may not be empty, have a / or begin with a dot")
     return name
 
 

@@ -220,7 +220,7 @@ def export(kind: str, ckpt: Path | None, out: Path, name: str | None, private: b
     weights = common.trained(kind, ckpt)
     model, tokenizer = weights.model(), weights.tokenizer(None)
     if not isinstance(model, GPT2) or not isinstance(tokenizer, GPT2Tokenizer):
-        raise PicogptError(f"{weights.path} is no GPT-2")
+        raise PicogptError(f"{weights.path} is not a GPT-2")
     card = functools.partial(model_card, weights, model.parameter_count())
     export_folder(model, tokenizer, out, card, name)
     click.echo(f"{out}: {weights.path} for transformers")

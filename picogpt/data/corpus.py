@@ -69,7 +69,7 @@ def tokenize_chars(
 ) -> TokenData:
     """Write a tokenizer of characters, and token files with nothing between documents (`documents.py`), into `folder`.
 
-    Of several documents some are for validation (`held_out`); of a single one its end is, `val_fraction` of it. The name
+    Several documents are split whole (`held_out`); of a single one the end is for validation, `val_fraction` of it. The name
     of the corpus in all results is `corpus`, or its registered one, or the file's own. With `drop_unseen`, characters of
     the validation text that the training text lacks are left out; without it they are an error.
 
@@ -196,9 +196,9 @@ def _split(every: documents.Documents, listed: str, name: str, sha256: str, val_
 
 
 def held_out(sizes: Sequence[int], fraction: float) -> set[int]:
-    """Which of several documents are for validation, by their sizes: in an order drawn once, all that fit into the fraction.
+    """Indices of the documents for validation, by the sizes of all: in a fixed random order, those that fit into the fraction.
 
-    Where these are less than half of it, because documents are large, the smallest other one too, if there are several.
+    If they make less than half of it, because documents are large, the smallest other one is added, where several are left.
     """
     budget = room = fraction * sum(sizes)
     draw, chosen = random.Random(0), set()

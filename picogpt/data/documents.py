@@ -162,7 +162,7 @@ def open_table(path: Path) -> pq.ParquetFile:
         # With the defaults a whole row group, or the whole file, would be read into memory at once.
         table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (OSError, pyarrow.ArrowException) as error:
-        raise PicogptError(f"{path} is no parquet file: {error}") from error
+        raise PicogptError(f"{path} is not a parquet file: {error}") from error
     held = [(field.name, str(field.type)) for field in table.schema_arrow]
     if [dtype in ("string", "large_string") for name, dtype in held if name == COLUMN] != [True]:
         listed = ", ".join(f"{name} ({dtype})" for name, dtype in held) or "no columns"

@@ -132,7 +132,9 @@ def open_shards(folder: str | Path) -> TokenData:
     try:
         manifest = Manifest.model_validate_json(read_text(path))
     except ValidationError as error:
-        raise PicogptError(f"{path} is no whole manifest ({first_mistake(error)}): join the shards again") from error
+        raise PicogptError(
+            f"{path} is not a complete manifest ({first_mistake(error)}): join the shards again"
+        ) from error
     if manifest.data_sha256 != hash_of_parts(part.sha256 for part in (*manifest.train, manifest.val)):
         raise PicogptError(f"{path} was changed: data_sha256 is not that of the files it lists; join the shards again")
     here, train = set(os.listdir(folder)), manifest.train

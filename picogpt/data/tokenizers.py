@@ -70,7 +70,7 @@ class CharTokenizer:
             return cls("".join(tree["characters"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PicogptError(
-                f"{path} is no character tokenizer ({error}): picogpt tokenize char makes one"
+                f"{path} is not a character tokenizer ({error}): picogpt tokenize char makes one"
             ) from error
 
     def save(self, folder: str | Path) -> None:

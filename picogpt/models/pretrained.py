@@ -61,7 +61,7 @@ def load_safetensors(path: Path, config: GPT2Config, vocab_size: int) -> GPT2:
     try:
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise PicogptError(f"{path} is no whole safetensors file: {error}") from error
+        raise PicogptError(f"{path} is not a complete safetensors file: {error}") from error
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
         raise PicogptError(f"{path} does not fit the model: its lm_head.weight is not wte.weight; GPT-2's head is tied")

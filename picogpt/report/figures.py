@@ -160,7 +160,7 @@ def losses_of(rows: list[dict[str, Any]], source: object, by: str = "epoch") -> 
     try:
         frame = pd.DataFrame(rows, columns=[by, *losses], dtype=float)
     except (ValueError, TypeError) as error:
-        raise PicogptError(f"{source} has a loss that is no number: {error}") from error
+        raise PicogptError(f"{source} has a loss that is not a number: {error}") from error
     train, val, exact_train = (frame[[by, loss]].dropna() for loss in losses)
     train = train.groupby(np.arange(len(train)) // max(1, len(train) // 40)).mean()
     return [part.set_index(by).iloc[:, 0] for part in (train, val, exact_train)]

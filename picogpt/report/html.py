@@ -76,7 +76,7 @@ def tokens(path: Path, most: int = 1500) -> list[tuple[str, float, int]]:
         pairs = list(zip(map(str, first["tokens"]), map(float, first["probabilities"]), strict=True))[:most]
         return [(text, share, bisect_right(BITS, -math.log2(share) if share else math.inf)) for text, share in pairs]
     except (ValueError, TypeError, LookupError) as error:
-        raise PicogptError(f"{path} is no file of `sample --probabilities`: {error}") from error
+        raise PicogptError(f"{path} was not written by `sample --probabilities`: {error}") from error
 
 
 def bars(ladder: Ladder) -> dict[str, Any]:

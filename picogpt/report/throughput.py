@@ -31,7 +31,8 @@ def draw_throughput(
     ratio = target / bars["baseline"]["tokens_per_second"] if target and "baseline" in bars else 0.0
     longest = max([1.0, ratio, *marks.values(), *(bar["speedup"] for bar in bars.values())])
     title, subtitle, caption = _texts(ladder, bars, bool(marks), target)
-    height = 1.9 + 0.42 * len(rungs)  # inches
+    foot = 0.45 if banner else 0.1  # inches, as the caption is as wide as the figure
+    height = 1.8 + foot + 0.42 * len(rungs)  # inches
     look: Any = {"color": BLUE} if ladder.here else {"color": GREEN, "hatch": "//"}
     look |= {"edgecolor": "white", "error_kw": {"ecolor": "#222222", "elinewidth": 1.1, "capsize": 2.5}}
     with drawing(out, 10.5, height, banner) as figure:
@@ -60,8 +61,8 @@ def draw_throughput(
             _say_so(axes, bool(ladder.rungs), bool(marks), target)
         figure.text(0.012, 1 - 0.12 / height, title, fontsize=13, va="top", fontweight="bold")
         figure.text(0.012, 1 - 0.42 / height, subtitle, va="top", fontsize=9.5, color=GREY)
-        figure.text(0.012, 0.1 / height, caption, va="bottom", fontsize=9, color=GREY)
-        figure.tight_layout(rect=(0, 0.42 / height, 1, 1 - 0.6 / height))
+        figure.text(0.012, foot / height, caption, va="bottom", fontsize=9, color=GREY)
+        figure.tight_layout(rect=(0, (foot + 0.32) / height, 1, 1 - 0.6 / height))
 
 
 def _say_so(axes: Any, measured: bool, marks: bool, target: float | None) -> None:

@@ -53,7 +53,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
     with pytest.raises(PicogptError, match=r"zip\.pt .*could be code: it is refused"):
         load_weights(tmp_path / "zip.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(PicogptError, match=r"plain\.pt is torn, or no checkpoint"):
+    with pytest.raises(PicogptError, match=r"plain\.pt is incomplete, or not a checkpoint"):
         load_weights(tmp_path / "plain.pt")
     assert not (tmp_path / "run").exists()
 
@@ -61,13 +61,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "torn, or no checkpoint"),
-        (lambda path: path.write_bytes(b""), "torn, or no checkpoint"),
-        (lambda path: path.write_text("not weights"), "torn, or no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "incomplete, or not a checkpoint"),
+        (lambda path: path.write_bytes(b""), "incomplete, or not a checkpoint"),
+        (lambda path: path.write_text("not weights"), "incomplete, or not a checkpoint"),
         (lambda path: path.write_bytes(path.read_bytes()[:200] + b"\0" * 600 + path.read_bytes()[800:]), "damaged"),
         (lambda path: path.unlink(), "No such file"),
-        (lambda path: torch.save({"model": {}}, path), "no checkpoint of picogpt"),
-        (lambda path: torch.save([1], path), "no checkpoint of picogpt"),
+        (lambda path: torch.save({"model": {}}, path), "not a checkpoint of picogpt"),
+        (lambda path: torch.save([1], path), "not a checkpoint of picogpt"),
         (lambda path: change(path, lambda tree: tree.update(version=9)), "has version 9; this picogpt reads version 1"),
         (lambda path: change(path, lambda tree: tree["experiment"]["model"].update(n_head=5)), "n_head"),
         (lambda path: change(path, lambda tree: tree.pop("vocab_size")), "vocab_size"),

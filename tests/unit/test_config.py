@@ -50,7 +50,7 @@ def test_settings_are_named_by_a_path_or_by_the_name_of_a_shipped_file(monkeypat
     monkeypatch.setenv("PICOGPT_CONFIG", str(tmp_path))
     assert config.model_file("gpt2") == tmp_path / "models/gpt2.yaml"
     monkeypatch.setenv("PICOGPT_CONFIG", str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match=r"PICOGPT_CONFIG=.*nowhere is no folder"):
+    with pytest.raises(UsageError, match=r"PICOGPT_CONFIG=.*nowhere is not a folder"):
         config.model_file("gpt2")
 
 

@@ -192,7 +192,7 @@ LATIN1 = (
         ("my.jsonl.gz", LINES, "cannot read .*my.jsonl.gz: Not a gzipped file"),
         ("my.parquet", parquet(WORDS, column="body"), r"no column 'text' of strings, or several; it has id \(int64\), body \(string\)"),
         ("my.parquet", parquet(WORDS, other="text"), r"no column 'text' of strings, or several; it has text \(int64\), text \(string\)"),
-        ("my.parquet", parquet(WORDS)[:-100], "my.parquet is no parquet file"),
+        ("my.parquet", parquet(WORDS)[:-100], "my.parquet is not a parquet file"),
         ("my.parquet", parquet([*WORDS, None]), "a document in row group 2 has no text"),
         ("my/b.jsonl", b"{", "my/b.jsonl, line 1: "),
     ],

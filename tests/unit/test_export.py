@@ -279,7 +279,7 @@ def test_a_refusal_is_one_message(hub: Hub, working: Path, picogpt, name: str, f
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "me/../mine", "me/ä", "", "me/"])
 def test_what_is_no_name_of_a_repository_is_refused_before_anything(hub: Hub, working: Path, picogpt, name: str):
     run = picogpt(*EXPORT, name)
-    assert (run.status, f"--push {name!r} is no USER/NAME" in run.err) == (2, True), run.err
+    assert (run.status, f"--push {name!r} is not a repository as USER/NAME" in run.err) == (2, True), run.err
     assert (hub.requests, (working / "out").exists()) == ([], False)
 
 

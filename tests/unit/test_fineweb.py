@@ -220,14 +220,14 @@ def test_a_whole_shard_is_left_alone_and_another_made_anew(folder: Path, files: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PAR1 and then nothing of the kind", "is no parquet file"),
-        (b"", "is no parquet file"),
+        (b"PAR1 and then nothing of the kind", "is not a parquet file"),
+        (b"", "is not a parquet file"),
         (
             parquet(texts(0), column="content"),
             r"has no column 'text' of strings, or several; it has id \(int64\), content \(string\)",
         ),
         (parquet([*texts(0), None]), "a document in row group 5 has no text"),
-        (parquet(texts(0)).replace(b"PAR1", b"PAR1" + bytes(40), 1), "cannot be read|is no parquet file"),
+        (parquet(texts(0)).replace(b"PAR1", b"PAR1" + bytes(40), 1), "cannot be read|is not a parquet file"),
         (parquet(texts(0)[:HELD_OUT]), "--val-documents 30 would leave none for training"),
     ],
     ids=["foreign", "empty", "column", "null", "shifted", "few"],
@@ -297,8 +297,8 @@ def read(folder: Path) -> None:
         (read, change("train-00001.bin", data_sha256="f" * 64), "train-00001.bin is not the file .* its data_sha256 is f"),
         (read, change("train-00001.bin", tokenizer_sha256="f" * 64), "train-00001.bin .* its tokenizer_sha256 is f"),
         (read, lambda f: flip(f / "train-00002.bin", b"\xff\xff"), "train-00002.bin holds the id 65535"),
-        (read, lambda f: (f / "manifest.json").write_text("{"), "manifest.json is no whole manifest"),
-        (read, lambda f: (f / "manifest.json").write_text("{}"), "manifest.json is no whole manifest"),
+        (read, lambda f: (f / "manifest.json").write_text("{"), "manifest.json is not a complete manifest"),
+        (read, lambda f: (f / "manifest.json").write_text("{}"), "manifest.json is not a complete manifest"),
         (read, lambda f: exchange(f / "manifest.json", data_sha256="f" * 64), "manifest.json was changed"),
     ],
 )  # fmt: skip

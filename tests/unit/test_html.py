@@ -87,7 +87,7 @@ def test_a_file_that_has_no_probabilities_is_named(picogpt, arguments: list[obje
     run = picogpt(
         "report", "page", "--template", template, *arguments, "--probabilities", "wrong.json", "--out", "a.html"
     )
-    assert (run.status, "wrong.json is no file of `sample --probabilities`" in run.err) == (1, True)
+    assert (run.status, "wrong.json was not written by `sample --probabilities`" in run.err) == (1, True)
     assert not (tmp_path / "a.html").exists()
 
 

@@ -280,7 +280,7 @@ def test_a_header_that_lies_is_found_out(read, content: bytes, damage: str):
         "offsets": len(lying).to_bytes(8, "little") + lying + content[8 + size :],
         "text": b"not at all a safetensors file",
     }[damage]
-    with pytest.raises(PicogptError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(PicogptError, match=r"model\.safetensors is not a complete safetensors file"):
         read(damaged)
 
 

@@ -191,7 +191,7 @@ def test_the_loss_curve_is_a_picture_of_the_right_size(picogpt, runs: Path, tmp_
 
 @pytest.mark.parametrize(
     ("metrics", "message"),
-    [('{"epoch": 0.1, "train_loss": "low"}', "a loss that is no number"), ("3", "metrics.jsonl, line 1")],
+    [('{"epoch": 0.1, "train_loss": "low"}', "a loss that is not a number"), ("3", "metrics.jsonl, line 1")],
 )
 def test_wrong_metrics_are_named(picogpt, files: list[Path], tmp_path: Path, metrics: str, message: str):
     (tmp_path / "record.json").write_text(files[0].read_text())

@@ -217,7 +217,7 @@ def test_a_picture_that_cannot_be_drawn_says_why(picogpt, weights: Path):
         (["long", "--out", "all.pdf"], 2, "--out all.pdf: the picture is a PNG file"),
         (["lnog", "--out", "all.png"], 2, "no run is called lnog; there are: char_bigram/long"),
         (["begun", "--out", "all.png"], 1, "begun has no validation loss yet"),
-        (["short", "--out", "all.png"], 1, "short has a loss that is no number"),
+        (["short", "--out", "all.png"], 1, "short has a loss that is not a number"),
     ):
         run = picogpt("runs", "plot", *arguments)
         assert (run.status, message in run.err) == (status, True), run.err

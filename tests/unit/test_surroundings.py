@@ -116,18 +116,18 @@ def test_json_that_is_nested_too_deeply_is_no_record_and_no_tokenizer(tmp_path: 
         records.read(tmp_path / "record.json")
     with pytest.raises(PicogptError, match="line 1"):
         records.read_lines(tmp_path / "record.json")
-    with pytest.raises(PicogptError, match="is no character tokenizer"):
+    with pytest.raises(PicogptError, match="is not a character tokenizer"):
         CharTokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "char-bigram", "--name", "../../x"], "is no name of a folder"),
-        (["train", "char-bigram", "--name", "a/b"], "is no name of a folder"),
-        (["train", "char-bigram", "--name", "."], "is no name of a folder"),
-        (["train", "char-bigram", "--name", ""], "is no name of a folder"),
-        (["tokenize", "char", "--name", " "], "is no name of a folder"),
+        (["train", "char-bigram", "--name", "../../x"], "is not a folder name"),
+        (["train", "char-bigram", "--name", "a/b"], "is not a folder name"),
+        (["train", "char-bigram", "--name", "."], "is not a folder name"),
+        (["train", "char-bigram", "--name", ""], "is not a folder name"),
+        (["tokenize", "char", "--name", " "], "is not a folder name"),
         (["train", "char-bigram", "--folder", ""], "the path is empty"),
         (["train", "char-bigram", "--config", ""], "there are no settings called"),
         (["sample", "char-bigram", "--out", ""], "the path is empty"),
@@ -191,7 +191,7 @@ def test_a_model_of_nans_makes_no_text(finished: Path, cached: bool):
     model = models.build(weights.experiment.model, weights.vocab_size, 1).eval()
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(PicogptError, match="computes no numbers"):
+    with pytest.raises(PicogptError, match="computes NaN"):
         generate(model, [torch.tensor([1, 2])], 3, Decoding(), 1, cached=cached)
 
 
@@ -244,5 +244,5 @@ def test_a_text_from_the_future_is_refused(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("text")
     os.utime("my.txt", (2**32, 2**32))
-    with pytest.raises(UsageError, match=r"my\.txt was changed in the future.*touch my\.txt"):
+    with pytest.raises(UsageError, match=r"my\.txt has a modification time in the future.*touch my\.txt"):
         plan.make({"corpus": "my.txt"}, "configuration")

@@ -158,7 +158,7 @@ def test_a_second_signal_ends_the_process_unless_torchrun_passed_on_the_first_ag
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda last: last.write_bytes(last.read_bytes()[:-1000]), r"last\.pt is torn, or no checkpoint"),
+        (lambda last: last.write_bytes(last.read_bytes()[:-1000]), r"last\.pt is incomplete, or not a checkpoint"),
         (lambda last: last.unlink(), r"cannot read the checkpoint .*last\.pt"),
     ],
 )
